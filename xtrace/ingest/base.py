@@ -1,0 +1,117 @@
+"""What every reader gives and gets: a source of bytes in, batches of events and a ledger of losses out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import polars as pl
+
+    from xtrace.ingest.source import Source
+
+__all__ = ("Domain", "Ledger", "Observed", "Problem", "ReadOptions", "Reader", "Recording")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that was wrong with an input, and where."""
+
+    text: str
+    offset: int | None = None
+    line: int | None = None
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What was read and what was not. Counts are final once the batches are exhausted.
+
+    ``records`` counts every record header of the file, window headers included (text: every record line that was
+    understood); ``hypercalls`` PV entry records, ``subcalls`` multicall entries, ``vmmcalls`` HVM entries.
+    """
+
+    records: int = 0
+    hypercalls: int = 0
+    subcalls: int = 0
+    vmmcalls: int = 0
+    samples: int = 0
+    lost_records: int = 0  # as the recorder counted them
+    lost_events: int = 0  # how often it said so
+    skipped_bytes: int = 0  # bytes that belong to no record (damage, an incomplete tail)
+    skipped_lines: int = 0  # text: lines that look like records and are not understood
+    noise_lines: int = 0  # text: lines that are something else (console output)
+    unattributed: int = 0  # hypercall records whose domain and vCPU are unknown
+    truncated: bool = False  # the input ends inside a record or window
+    problems: list[Problem] = field(default_factory=list)  # the first few, with their place
+    problems_dropped: int = 0
+
+    #: More problems than this are counted, not kept.
+    KEEP = 20
+
+    def problem(self, text: str, *, offset: int | None = None, line: int | None = None) -> None:
+        """Note one problem; only the first few are kept."""
+        if len(self.problems) < self.KEEP:
+            self.problems.append(Problem(text, offset, line))
+        else:
+            self.problems_dropped += 1
+
+
+@dataclass(slots=True)
+class Domain:
+    """What an input itself says about a domain (null: it does not say)."""
+
+    caller: str | None = None
+    role: str | None = None
+    name: str | None = None
+
+
+@dataclass(slots=True)
+class Observed:
+    """What the reader saw; it concludes nothing. Complete once the batches are exhausted."""
+
+    release: str | None = None  # as the input's own header says
+    arch: str | None = None
+    tsc_khz: int | None = None
+    domains: dict[int, Domain] = field(default_factory=dict)
+    layout: str | None = None  # name of the record layout era
+    event_ids: dict[int, int] = field(default_factory=dict)  # trace event id -> number of records
+    pcpus: int = 0
+    first_tsc: int | None = None
+    last_tsc: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How to read."""
+
+    batch_rows: int = 1 << 20  # aim for this many events a batch; never changes a result
+    tsc_khz: int | None = None
+
+
+class Recording(Protocol):
+    """An opened input. Iterate ``batches`` once; ledger and observed fill while it runs."""
+
+    format: str
+    ledger: Ledger
+    observed: Observed
+
+    def batches(self) -> Iterator[pl.DataFrame]:
+        """Yield frames of ``schema.EVENTS`` in time order. Damage is noted in the ledger, not raised."""
+        ...
+
+
+class Reader(Protocol):
+    """One trace format."""
+
+    name: str
+    title: str
+
+    def sniff(self, head: bytes) -> int:
+        """Say how sure this reader is of the first bytes of a file (up to 64 KiB): 0 no, 100 certain."""
+        ...
+
+    def open(self, source: Source, options: ReadOptions) -> Recording:
+        """Open ``source``; raises InputError only if nothing at all can be read."""
+        ...
