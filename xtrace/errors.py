@@ -4,6 +4,7 @@
 
     XtraceError
     ├── InputError      a trace, sidecar or host-info file cannot be used (exit bit 1, or 16 when it was read but incomplete)
+    ├── InputErrors     several of them, and nothing else to report
     ├── UsageError      an option, release or hypercall name is wrong (exit bits 3)
     │   ├── UnknownRelease
     │   ├── UnknownHypercall    no Xen release has a hypercall of that name or number
@@ -15,9 +16,15 @@ Only ``xtrace.cli`` prints an error and turns it into an exit status.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 __all__ = (
     "FactError",
     "InputError",
+    "InputErrors",
     "UnknownHypercall",
     "UnknownRelease",
     "UnknownSubOperation",
@@ -61,6 +68,18 @@ class InputError(XtraceError):
         if offset is not None:
             where += f": byte {offset}"
         super().__init__(f"{where}: {message}")
+
+
+class InputErrors(XtraceError):
+    """Several inputs, none of which can be used."""
+
+    def __init__(self, errors: Sequence[InputError]) -> None:
+        """Gather the sentences, one a line."""
+        self.errors = tuple(errors)
+        self.exit_bits = 0
+        for e in errors:
+            self.exit_bits |= e.exit_bits
+        super().__init__("\n".join(str(e) for e in errors))
 
 
 class UsageError(XtraceError):

@@ -18,9 +18,11 @@ __all__ = (
     "EVENTS",
     "EVIDENCE",
     "FINDINGS",
+    "INNER",
     "KINDS",
     "MEMORY",
     "OUTCOMES",
+    "READING",
     "SCHEMA_VERSION",
     "empty",
 )
@@ -68,6 +70,22 @@ ARGS: Final = ("arg0", "arg1", "arg2", "arg3", "arg4", "arg5")
 
 #: Guest memory behind a call: Xen's own field names (``nr_extents``, ``in.nr_extents``, ``entry.op``, ``pdone``).
 MEMORY: Final = pl.List(pl.Struct({"field": pl.String, "value": pl.UInt64}))
+
+_FIELDS: Final = {
+    "hypercall": pl.String(),
+    "subop": pl.String(),
+    "progress": pl.UInt64(),
+    "remaining": pl.UInt64(),
+    "unit": pl.String(),
+    "total": pl.UInt64(),
+    "home": pl.String(),
+}
+
+#: A decoding without a further one inside.
+INNER: Final = pl.Struct(_FIELDS)
+
+#: A decoding: hypercall, sub-operation, progress, remaining, unit, total, progress home, the call inside a multicall.
+READING: Final = pl.Struct({**_FIELDS, "inner": INNER})
 
 _CALLER = pl.Enum(CALLERS)
 _KIND = pl.Enum(KINDS)
@@ -151,7 +169,7 @@ CONTINUATIONS: Final = pl.Schema(
 FINDINGS: Final = pl.Schema(
     {
         "code": pl.String(),
-        "outcome": pl.String(),  # one of OUTCOMES, or "undecidable"
+        "outcome": pl.String(),  # one of OUTCOMES, "undecidable" or "unknown"
         "caveats": pl.List(pl.String()),
         "evidence": _EVIDENCE,
         "issuer": pl.String(),
@@ -171,7 +189,11 @@ FINDINGS: Final = pl.Schema(
         "args": pl.List(pl.UInt64()),
         "errno": pl.String(),
         "text": pl.String(),
-        "detail": pl.String(),  # both decodings as JSON, in the shape of docs/json.md
+        "harmless": pl.Boolean(),  # restarts, and lost work that does not matter
+        "bits": pl.UInt8(),  # exit bits that this finding stands for
+        "in_exit": pl.Boolean(),  # false for the rollback line, which does not count unless --to names it
+        "source_decode": READING,
+        "target_decode": READING,
     }
 )
 

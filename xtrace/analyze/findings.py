@@ -1,0 +1,288 @@
+"""Findings: one row per continuation and set of targets of equal result, for every target at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from xtrace.analyze import judging, outcomes, rules, surface
+from xtrace.analyze.exposure import EXIT_BREAK, EXIT_REVIEW, exit_bits, expose
+from xtrace.replay.states import States
+from xtrace.schema import ARGS, FINDINGS, empty
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+__all__ = ("Context", "Tally", "judge_continuations")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """Against what continuations are judged.
+
+    Attributes:
+        sources: releases that may have left them; more than one when nothing says which.
+        targets: releases asked to resume them, in version order.
+        rollback: those of the targets that were added by default and do not count for the exit status.
+        roles: role of each domain, as far as known.
+        issuer: set to override what role and guard say (``decode``).
+        chunk: rows judged at once, so that memory stays bounded; never changes a result.
+    """
+
+    sources: Sequence[str]
+    targets: Sequence[str]
+    rollback: frozenset[str]
+    roles: Mapping[int | None, str | None]
+    issuer: str | None = None
+    chunk: int = 1 << 17
+
+
+@dataclass(slots=True)
+class Tally:
+    """Outcome counts and exit bits for each target."""
+
+    counts: dict[str, dict[str, int]]
+    bits: dict[str, int]
+
+    @classmethod
+    def of(cls, targets: Sequence[str]) -> Tally:
+        """Start counting."""
+        return cls({t: {} for t in targets}, dict.fromkeys(targets, 0))
+
+    def add(self, targets: Sequence[str], name: str, n: int, bits: int) -> None:
+        """Count ``n`` continuations with one result."""
+        for t in targets:
+            self.counts[t][name] = self.counts[t].get(name, 0) + n
+            self.bits[t] |= bits
+
+
+@dataclass(slots=True)
+class _Result:
+    """What one class of targets does with every row, agreed upon by all possible sources."""
+
+    targets: list[str]
+    judged: judging.Judged
+    outcome: npt.NDArray[np.int8]
+    errno: npt.NDArray[np.int16]
+    harmless: npt.NDArray[np.bool_]
+
+
+def judge_continuations(frame: pl.DataFrame, context: Context, tally: Tally, *, everything: bool = False) -> pl.DataFrame:
+    """Judge continuations against every target.
+
+    Args:
+        frame: rows of ``schema.CONTINUATIONS`` with an ``input`` column; caller must not be null.
+        context: sources, targets and roles.
+        tally: counted into.
+        everything: also return clean resumes and harmless restarts.
+
+    Returns:
+        Rows of ``schema.FINDINGS``, ordered by input and seq.
+    """
+    parts = []
+    role = frame.get_column("domid").replace_strict(
+        {k: v for k, v in context.roles.items() if k is not None}, default=context.roles.get(None), return_dtype=pl.String
+    )
+    frame = frame.with_columns(role.alias("role"))
+    for (number, caller, role_), group in frame.group_by("op", "caller", "role", maintain_order=True):
+        for rows in group.iter_slices(context.chunk):
+            parts.append(
+                _judge_group(
+                    rows, int(str(number)), str(caller), None if role_ is None else str(role_), context, tally, everything
+                )
+            )
+    if not parts:
+        return empty(FINDINGS)
+    return pl.concat(parts).sort("input", "seq", maintain_order=True)
+
+
+def _judge_group(
+    rows: pl.DataFrame, number: int, caller: str, role: str | None, context: Context, tally: Tally, everything: bool
+) -> pl.DataFrame:
+    states = States.from_frame(rows)
+    issued = States.from_frame(rows, prefix="issued_")
+    sides = [
+        judging.read_source(group[0], caller, number, states, issued)
+        for group in judging.classes(number, caller, context.sources)
+    ]
+    results = [
+        _agree(sides, targets, role, context) for targets in judging.classes(number, caller, context.targets)
+    ]
+    side = sides[-1]
+    caveats = side.caveats()
+    # Rows whose results are equal at every class of targets are handled together.
+    columns = [(r.outcome.astype(np.int64) << 20) | (r.errno.astype(np.int64) << 1) | r.harmless for r in results]
+    keys = np.stack([*columns, caveats.astype(np.int64), side.guard_of.astype(np.int64)], axis=1)
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    parts = []
+    for p, i in enumerate(first):
+        members = np.flatnonzero(inverse.reshape(-1) == p)
+        parts += _pattern(rows, members, int(i), sides, side, results, outcomes.CAVEATS[caveats[i]], role, context, tally, everything)
+    return pl.concat(parts) if parts else empty(FINDINGS)
+
+
+def _agree(sides: list[judging.Side], targets: list[str], role: str | None, context: Context) -> _Result:
+    """Judge at one class of targets; where the possible sources disagree, nothing can be decided."""
+    judged = [_judge_at(s, targets[0], role, context) for s in sides]
+    last = judged[-1]
+    outcome, errno, harmless = last.outcome.copy(), last.errno.copy(), last.harmless.copy()
+    for other in judged[:-1]:
+        differs = other.outcome != outcome
+        outcome[differs] = outcomes.CODE["undecidable"]
+        errno[differs | (other.errno != errno)] = 0
+        harmless &= other.harmless
+    blind = np.isin(sides[-1].decoded.status, surface.OPEN)
+    if blind.any():
+        # Unrecorded registers: judge the set of states that the source could have left (DESIGN §5).
+        breaks = any(
+            surface.undecided(s.release, s.caller, s.number, targets[:1])[targets[0]] for s in sides
+        )
+        outcome[blind] = outcomes.CODE["undecidable" if breaks else "resumes"]
+    return _Result(targets, last, outcome, errno, harmless)
+
+
+def _judge_at(side: judging.Side, target: str, role: str | None, context: Context) -> judging.Judged:
+    if context.issuer is not None:
+        return judging.judge_at(side, target, context.issuer)
+    groups = judging.issuers(side, role)
+    if len(groups) == 1:
+        return judging.judge_at(side, target, groups[0][0])
+    out: judging.Judged | None = None
+    for issuer, rows in groups:
+        got = judging.judge_at(judging.take(side, rows), target, issuer)
+        if out is None:
+            out = judging.judge_at(side, target, "unknown")
+        out.outcome[rows], out.errno[rows], out.harmless[rows] = got.outcome, got.errno, got.harmless
+    assert out is not None
+    return out
+
+
+def _pattern(
+    rows: pl.DataFrame,
+    members: npt.NDArray[np.intp],
+    i: int,
+    sides: list[judging.Side],
+    side: judging.Side,
+    results: list[_Result],
+    caveats: tuple[str, ...],
+    role: str | None,
+    context: Context,
+    tally: Tally,
+    everything: bool,
+) -> list[pl.DataFrame]:
+    """Make the findings of rows that share every result."""
+    groups: dict[tuple[str, str | None, bool, bool], list[_Result]] = {}
+    for r in results:
+        for counted in (True, False):
+            targets = [t for t in r.targets if (t not in context.rollback) is counted]
+            if targets:
+                key = (outcomes.NAMES[r.outcome[i]], outcomes.ERRNOS[r.errno[i]], bool(r.harmless[i]), counted)
+                groups.setdefault(key, []).append(
+                    _Result(targets, r.judged, r.outcome, r.errno, r.harmless)
+                )
+    part = rows[members]
+    guard = side.guards[side.guard_of[i]]
+    exposure = expose(role, guard, side.caller)
+    if context.issuer is not None:
+        issuer = context.issuer
+    else:
+        issuer = exposure.issuer
+    out = []
+    order = {t: k for k, t in enumerate(context.targets)}
+    for (name, errno, harmless, counted), same in groups.items():
+        targets = sorted((t for r in same for t in r.targets), key=order.__getitem__)
+        clean = name == "resumes" or (name == "restarts" and harmless)
+        proved = part.get_column("evidence") == "proved"
+        bits = [
+            exit_bits(name, harmless=harmless, caveats=bool(caveats), evidence=e, migrates=exposure.migrates)
+            for e in ("proved", "inferred")
+        ]
+        all_bits = (bits[0] if proved.any() else 0) | (bits[1] if not proved.all() else 0)
+        tally.add(targets, name if not (clean and caveats) else caveats[0], len(part), all_bits)
+        if clean and not caveats and not everything:
+            continue
+        code = rules.by_name().get(caveats[0] if clean and caveats else name, "")
+        sources = [r for s in sides for r in [s.release]]
+        judged = same[0].judged
+        frame = part.select(
+            pl.lit(code).alias("code"),
+            pl.lit(name).alias("outcome"),
+            pl.lit(pl.Series([list(caveats)], dtype=pl.List(pl.String))).first().alias("caveats"),
+            "evidence",
+            pl.lit(issuer).alias("issuer"),
+            pl.lit(exposure.migrates, dtype=pl.Boolean).alias("migrates"),
+            pl.lit(pl.Series([list(exposure.kinds)], dtype=pl.List(pl.String))).first().alias("kinds"),
+            pl.lit(context.sources[-1] if len(context.sources) == 1 else "/".join(sources)).alias("source"),
+            pl.lit(pl.Series([targets], dtype=pl.List(pl.String))).first().alias("targets"),
+            pl.lit(side.decoded.hypercall.name).alias("hypercall"),
+            pl.lit(None, dtype=pl.String).alias("subop"),
+            pl.col("caller").cast(pl.String),
+            "domid",
+            "vcpu",
+            "input",
+            "offset",
+            "line",
+            "seq",
+            pl.concat_list(ARGS).alias("args"),
+            pl.lit(errno, dtype=pl.String).alias("errno"),
+            pl.lit(None, dtype=pl.String).alias("text"),
+            pl.lit(harmless).alias("harmless"),
+            pl.when(pl.col("evidence") == "proved").then(bits[0]).otherwise(bits[1]).cast(pl.UInt8).alias("bits"),
+            pl.lit(counted).alias("in_exit"),
+        ).with_columns(
+            side.reading().gather(members).alias("source_decode"),
+            judged.reading().gather(members).alias("target_decode"),
+        )
+        frame = frame.with_columns(subop=pl.col("source_decode").struct.field("subop"))
+        out.append(frame.with_columns(text=_text(name, harmless, side, i, targets)).select(FINDINGS.names()).cast(FINDINGS))  # type: ignore[arg-type]
+    return out
+
+
+def _text(name: str, harmless: bool, side: judging.Side, i: int, targets: Sequence[str]) -> pl.Expr:
+    """One sentence for a finding, with its own numbers."""
+    def field(which: str, key: str, default: str = "an unknown number") -> pl.Expr:
+        inner = pl.col(which).struct.field("inner").struct.field(key).cast(pl.String)
+        outer = pl.col(which).struct.field(key).cast(pl.String)
+        chosen = pl.when(pl.col("source_decode").struct.field("inner").struct.field("hypercall").is_not_null()).then(inner)
+        return chosen.otherwise(outer).fill_null(default)
+
+    what = pl.concat_str(
+        pl.when(pl.col("source_decode").struct.field("inner").struct.field("hypercall").is_not_null())
+        .then(pl.lit("inside a multicall: "))
+        .otherwise(pl.lit("")),
+        pl.coalesce(field("source_decode", "subop", ""), pl.lit("")).replace("", None).fill_null(field("source_decode", "hypercall", "?")),
+    )
+    done = pl.concat_str(
+        what, pl.lit(" left after "), field("source_decode", "progress"), pl.lit(" "), field("source_decode", "unit", "units")
+    )
+    target = targets[0] if len(targets) == 1 else f"{targets[0]} to {targets[-1]}"
+    read = pl.concat_str(
+        pl.lit(f"{target} reads "),
+        pl.coalesce(field("target_decode", "subop", ""), pl.lit("")).replace("", None).fill_null(field("target_decode", "hypercall", "no operation")),
+        pl.lit(" with "), field("target_decode", "progress"), pl.lit(" done"),
+    )  # fmt: skip
+    errno = pl.when(pl.col("errno").is_null()).then(pl.lit("")).otherwise(pl.concat_str(pl.lit(" with "), pl.col("errno")))
+    end: dict[str, pl.Expr] = {
+        "absent": pl.concat_str(pl.lit(f"{target} does not implement it for this caller: it ends"), errno),
+        "misdirected": pl.concat_str(read, pl.when(pl.col("errno").is_null()).then(pl.lit("")).otherwise(pl.concat_str(pl.lit(" and ends with "), pl.col("errno")))),
+        "refused": pl.concat_str(pl.lit(f"{target} refuses it"), errno),
+        "skips": pl.concat_str(read, pl.lit(": units in between are never done")),
+        "redoes": pl.concat_str(read, pl.lit(": some units are done twice")),
+        "restarts": pl.lit(f"{target} begins again from 0, " + ("which is harmless" if harmless else "doing done work again")),
+        "lost": pl.lit(f"{target} ends it without error though work held inside the source's Xen was not finished"
+                       + (" (harmless: the target rebuilds that state)" if harmless else "")),
+        "wrong_result": pl.lit(f"{target} finishes it wrongly"),
+        "resumes": pl.lit(f"{target} resumes it"),
+        "undecidable": pl.lit(f"what {target} does with it depends on what the trace does not record"),
+        "unknown": pl.lit(f"not modelled at the source or at {target}"),
+    }  # fmt: skip
+    return pl.concat_str(done, pl.lit("; "), end[name])
+
+
+#: Bits that a single finding may carry.
+FINDING_BITS = EXIT_BREAK | EXIT_REVIEW

@@ -1,0 +1,246 @@
+"""The surface: every continuation that a call which was seen could have left on the source, preempted or not.
+
+A few seconds of trace rarely catch a preemption. What an operator wants to know is what this guest *does* that could
+break if it were caught; so each hypercall and sub-operation seen is judged by a set of representative continuations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import polars as pl
+
+from xtrace.analyze import judging, outcomes
+from xtrace.replay import facts
+from xtrace.replay import hypervisor as hv
+from xtrace.replay.hypervisor import Hypervisor
+from xtrace.replay.states import Column, States
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from xtrace.replay.facts import Behaviour
+
+__all__ = ("SEEN", "Surface", "collect", "judge", "merge", "representatives")
+
+#: What is kept of the calls seen: one row for each domain, caller, hypercall and sub-operation.
+SEEN: Final = pl.Schema(
+    {
+        "domid": pl.UInt16(),
+        "caller": pl.String(),
+        "op": pl.UInt32(),
+        "number": pl.Int64(),
+        "calls": pl.UInt32(),
+        "total": pl.UInt64(),  # largest number of units asked for; null if any call did not record it
+        "untotalled": pl.UInt32(),
+        "input": pl.UInt32(),
+        "offset": pl.UInt64(),
+    }
+)
+
+#: Totals tried where the trace does not say how much was asked for.
+_TOTALS: Final = (2, 64, 512, 4096, 1 << 20)
+
+#: Progress tried: enough to tell any two shifts apart (they differ modulo small powers of two), and large values.
+_PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000}))
+
+
+def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
+    """Count the calls of one batch of stitched entries of input ``index``."""
+    calls = entries.filter(pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry"))
+    return (
+        calls.with_columns(
+            number=pl.coalesce("number", (pl.col("arg0") & 0xFFFFFFFF).cast(pl.Int64)).mul(
+                pl.when(pl.col("op").is_in(_commands())).then(1)
+            )
+        )
+        .group_by("domid", "caller", "op", "number", maintain_order=True)
+        .agg(
+            calls=pl.len().cast(pl.UInt32),
+            total=pl.col("total").max(),
+            untotalled=pl.col("total").is_null().sum().cast(pl.UInt32),
+            input=pl.lit(index, dtype=pl.UInt32).first(),
+            offset=pl.col("offset").first(),
+        )
+        .with_columns(pl.col("caller").cast(pl.String))
+        .select(SEEN.names())
+        .cast(SEEN)  # type: ignore[arg-type]
+    )
+
+
+def merge(parts: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """Add up what several batches saw."""
+    whole = pl.concat([pl.DataFrame(schema=SEEN), *parts])
+    return whole.group_by("domid", "caller", "op", "number", maintain_order=True).agg(
+        pl.col("calls").sum(), pl.col("total").max(), pl.col("untotalled").sum(), pl.col("input").first(),
+        pl.col("offset").first(),
+    )  # fmt: skip
+
+
+def _commands() -> list[int]:
+    from xtrace.replay.facts import command_hypercalls
+
+    return sorted(command_hypercalls())
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What could become of one hypercall (and sub-operation) at one class of targets.
+
+    ``verdict``: ``safe`` (every continuation resumes, or restarts harmlessly), ``breaks`` (some do not), ``undecidable`` (the
+    sub-operation is not known, and some break), ``unknown`` (not modelled). ``outcomes`` counts representative states.
+    """
+
+    targets: tuple[str, ...]
+    verdict: str
+    outcomes: dict[str, int]
+    breaking: tuple[str, ...]  # sub-operations (or the hypercall's name) of which some continuation breaks
+    caveats: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def representatives(b: Behaviour, total: int | None) -> tuple[States, np.ndarray[tuple[int], np.dtype[np.uint64]]]:
+    """Return calls of one operation as issued, and the progress at which to preempt each.
+
+    Args:
+        b: the operation at the source release.
+        total: most units that any call asked for; None if the trace does not say.
+    """
+    totals = (total,) if total is not None else _TOTALS
+    pairs = [
+        (t, p)
+        for t in totals
+        for p in (_PROGRESS if b.codec not in ("hypervisor", "restart") else (0,))
+        if b.first <= p < max(t, 1) and p % b.stride == 0
+    ]
+    if b.stride > 1:
+        pairs += [(t, k * b.stride) for t in totals for k in (1, 2, 3, 16) if k * b.stride < t]
+    if b.codec in ("hypervisor", "restart") and not pairs:
+        pairs = [(totals[0], 0)]
+    n = len(pairs)
+    t = np.array([t for t, _ in pairs], np.uint64)
+    p = np.array([p for _, p in pairs], np.uint64)
+    args = [Column.full(n, 0x1000_0000 * k) for k in range(6)]
+    memory: dict[str, Column] = {}
+    states = States(tuple(args), memory)
+    changes: dict[str, Column] = {}
+    known = np.ones(n, bool)
+    if facts_command(b):
+        changes["arg0"] = Column.full(n, b.number)
+    if b.params.get("count") is not None:
+        changes[f"arg{b.params['count']}"] = Column(t, known)
+    if b.total:
+        changes[b.total] = Column(t, known)
+    for name in b.params.get("advance", {}):
+        changes.setdefault(f"mem.{name.removeprefix('mem.')}", Column.full(n, 0x1000))
+    if b.params.get("done"):
+        changes[f"mem.{b.params['done'].removeprefix('mem.')}"] = Column.full(n, 0)
+    return states.replace(changes), p
+
+
+def facts_command(b: Behaviour) -> bool:
+    """Say whether arg0 names the operation."""
+    return bool(b.ident) and facts.is_command(str(b.ident[0]))
+
+
+def judge(
+    source: str, caller: str, op: int, number: int | None, total: int | None, targets: list[str], issuer: str
+) -> list[Surface]:
+    """Judge what a call could leave behind, against every target.
+
+    Args:
+        source: release that would leave it.
+        caller: ABI of the caller.
+        op: hypercall number.
+        number: sub-operation number; None if the hypercall has none or the trace does not say.
+        total: most units asked for; None if not recorded.
+        targets: releases asked to resume it.
+        issuer: who makes the call.
+
+    Returns:
+        One entry for each class of targets with equal facts.
+    """
+    call = facts.lookup(source, caller, op)
+    if call.status == "never" and (call.never_operations is None or number in call.never_operations):
+        return [Surface(tuple(targets), "safe", {}, (), (), ())]
+    if call.status != "modelled":
+        if call.status == "absent":
+            return [Surface(tuple(targets), "safe", {}, (), (), ())]
+        return [Surface(tuple(targets), "unknown", {}, (), (), (call.name,))]
+    if call.command and number is not None:
+        behaviours = [b for k, b in call.by_number.items() if k == number]
+    else:
+        behaviours = list(call.by_number.values())
+    behaviours = [b for b in behaviours if b.codec != "none"]
+    if not behaviours:
+        return [Surface(tuple(targets), "safe", {}, (), (), ())]
+    named = call.command and number is not None or not call.command
+    out = []
+    for group in judging.classes(op, caller, targets):
+        seen: dict[str, int] = {}
+        breaking, unknown, caveats = [], [], []
+        for b in behaviours:
+            name = b.operation
+            sub: dict[str, int] = {}
+            for outcome, harmless, n in _judge_one(source, caller, op, b, total, group[0], issuer):
+                key = "resumes" if outcome == "restarts" and harmless else outcome
+                sub[key] = sub.get(key, 0) + n
+            for key, n in sub.items():
+                seen[key] = seen.get(key, 0) + n
+            if "unknown" in sub:
+                unknown.append(name)
+            if set(sub) - {"resumes", "unknown", "lost"}:
+                breaking.append(name)
+            caveats += b.caveats
+        verdict = "safe"
+        if unknown:
+            verdict = "unknown"
+        if breaking:
+            verdict = "breaks" if named else "undecidable"
+        out.append(
+            Surface(tuple(group), verdict, seen, tuple(breaking), tuple(dict.fromkeys(caveats)), tuple(unknown))
+        )
+    return out
+
+
+def _judge_one(
+    source: str, caller: str, op: int, b: Behaviour, total: int | None, target: str, issuer: str
+) -> Iterable[tuple[str, bool, int]]:
+    issued, progress = representatives(b, total)
+    if not len(progress):
+        return
+    xen = Hypervisor(source, caller)
+    left = xen.preempt(op, issued, progress)
+    read = xen.decode(op, left, issued)
+    # States that the source itself would not go on with are no matter of the target.
+    own = outcomes.judge(read, xen.resume(op, left, issuer)).outcome == outcomes.CODE["resumes"]
+    if b.codec not in ("hypervisor", "restart"):
+        rows = np.flatnonzero(own)
+        left, read = left.take(rows), read.take(rows)
+    v = outcomes.judge(read, Hypervisor(target, caller).resume(op, left, issuer))
+    code = v.outcome.astype(np.int64) * 2 + v.harmless
+    for value, n in zip(*np.unique(code, return_counts=True), strict=True):
+        yield outcomes.NAMES[value >> 1], bool(value & 1), int(n)
+
+
+def continues(source: str, caller: str, op: int) -> bool:
+    """Say whether any sub-operation of a hypercall may leave a continuation."""
+    call = facts.lookup(source, caller, op)
+    if call.status == "modelled":
+        return any(b.codec != "none" for b in call.by_number.values())
+    return call.status == "unknown" or call.never_operations is not None
+
+
+def undecided(source: str, caller: str, op: int, targets: list[str]) -> dict[str, bool]:
+    """Say for each target whether any state of a hypercall whose arguments were not recorded breaks there."""
+    out: dict[str, bool] = {}
+    for s in judge(source, caller, op, None, None, targets, "unknown"):
+        for t in s.targets:
+            out[t] = s.verdict != "safe"
+    return out
+
+
+#: Statuses of a decoded state for which the set of possible states is judged instead.
+OPEN: Final = (hv.UNRECORDED,)

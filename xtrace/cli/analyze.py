@@ -1,0 +1,97 @@
+"""``xtrace analyze``: what would break."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from xtrace.cli.options import Callers, From, HostInfo, Output, TscKhz
+
+NAME = "analyze"
+
+#: Names of the exit bits for --fail-on.
+_BITS = {"break": 8, "review": 4, "incomplete": 16, "never": 0}
+
+
+def command(
+    traces: Annotated[list[str], typer.Argument(metavar="TRACE…", help="Traces of one host; - is standard input.")],
+    source: From = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option("--to", metavar="RELEASE", help="Release or series to judge against; several times for more."),
+    ] = None,
+    caller: Callers = None,
+    tsc_khz: TscKhz = None,
+    host_info: HostInfo = None,
+    format_: Annotated[str, typer.Option("--format", metavar="text|json|jsonl", help="Form of the report.")] = "text",
+    output: Output = None,
+    fail_on: Annotated[
+        str, typer.Option("--fail-on", metavar="break,review,incomplete|never", help="Exit bits to keep.")
+    ] = "break,review,incomplete",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every finding.")] = False,
+) -> int:
+    """Replay traces and say which continuations would break at other releases.
+
+    Exit status, a mask: 0 clean, 1 cannot be read, 3 wrong use, 4 review, 8 a break, 16 the trace is incomplete.
+    """
+    from xtrace.cli import options as shared
+    from xtrace.errors import UsageError
+
+    keep = _keep(fail_on)
+    if format_ not in ("text", "json", "jsonl"):
+        raise UsageError(f"--format {format_}: there are text, json and jsonl")
+    callers = shared.parse_callers(caller)
+
+    from xtrace.pipeline import Options, analyze
+    from xtrace.report import common, json, text
+
+    with shared.progress("reading") as tick:
+        result = analyze(
+            traces,
+            Options(
+                source=source, targets=tuple(to or ()), callers=callers, tsc_khz=tsc_khz, host_info=host_info,
+                progress=tick,  # type: ignore[arg-type]
+            ),
+        )  # fmt: skip
+    for error in result.failed:
+        print(f"xtrace: {common.clean(str(error))}", file=sys.stderr)
+    for item in result.inputs:
+        print(f"xtrace: {common.clean(_read_as(item))}", file=sys.stderr)
+        for problem in item.ledger.problems[:3]:
+            where = f"line {problem.line}" if problem.line is not None else f"byte {problem.offset}"
+            print(f"xtrace: {common.clean(item.path)}: {where}: {common.clean(problem.text)}", file=sys.stderr)
+    if result.inputs:
+        with shared.opened(output) as out:
+            if format_ == "text":
+                text.write_text(result, out, verbose=verbose)
+            elif format_ == "json":
+                json.write_json(result, out)
+            else:
+                json.write_jsonl(result, out)
+    return result.bits & (keep | 1)
+
+
+def _keep(fail_on: str) -> int:
+    from xtrace.errors import UsageError
+
+    bits = 0
+    for word in fail_on.split(","):
+        if word.strip() not in _BITS:
+            raise UsageError(f"--fail-on {fail_on}: there are {', '.join(_BITS)}")
+        bits |= _BITS[word.strip()]
+    return bits
+
+
+def _read_as(item: object) -> str:
+    from xtrace.pipeline import Input
+
+    assert isinstance(item, Input)
+    ledger = item.ledger
+    parts = [f"{ledger.records:,} records", f"{ledger.hypercalls:,} hypercalls"]
+    for name in ("subcalls", "vmmcalls", "samples", "lost_records"):
+        n = getattr(ledger, name)
+        if n:
+            parts.append(f"{n:,} {name.replace('_', ' ')}")
+    return f"{item.path}: read as {item.format}, {', '.join(parts)}"

@@ -1,0 +1,99 @@
+"""The command line: commands are registered here, errors become exit statuses here, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from xtrace.cli import analyze, decode, explain, ingest, replay
+
+__all__ = ("app", "run")
+
+app = typer.Typer(
+    name="xtrace",
+    help="Replay recorded Xen hypercalls and find the continuations that would break on another release.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from xtrace import __version__
+        from xtrace.release import releases
+
+        known = releases()
+        typer.echo(f"xtrace {__version__} (Xen {known[0].version} to {known[-1].version})")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and the releases known.")
+    ] = False,
+) -> None:
+    pass
+
+
+for module in (analyze, ingest, replay, decode, explain):
+    app.command(module.NAME)(module.command)
+
+
+def run(args: list[str] | None = None) -> int:
+    """Run the command line; return the exit status (DESIGN §5)."""
+    from xtrace.errors import XtraceError
+
+    try:
+        code = app(args=args, standalone_mode=False)
+        sys.stdout.flush()
+    except XtraceError as exc:
+        _say(str(exc))
+        return exc.exit_bits
+    except Exception as exc:
+        if isinstance(exc, BrokenPipeError):
+            # The reader went away (`| head`): nothing is wrong, and nothing more can be written.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        status = _click_status(exc)
+        if status is not None:
+            return status
+        if isinstance(exc, OSError):
+            _say(f"{exc.filename or 'output'}: {exc.strerror or exc}")
+            return 1
+        raise
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    return int(code) if isinstance(code, int) else 0
+
+
+def _click_status(exc: Exception) -> int | None:
+    """Return the exit status for an error of the command-line parser, or None for another."""
+    # typer may carry its own copy of click: go by name, not by class.
+    names = {c.__name__ for c in type(exc).__mro__}
+    if "Abort" in names:
+        _say("interrupted")
+        return 130
+    if "Exit" in names:
+        return int(getattr(exc, "exit_code", 0))
+    if "NoArgsIsHelpError" in names:
+        typer.echo(str(getattr(exc, "message", "")) or str(exc))
+        return 3
+    if "ClickException" in names:
+        message = exc.format_message() if hasattr(exc, "format_message") else str(exc)
+        _say(message)
+        return 3
+    return None
+
+
+def _say(text: str) -> None:
+    from xtrace.report.common import clean
+
+    print(f"xtrace: {clean(text)}", file=sys.stderr)

@@ -1,0 +1,97 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
+    from typing import TextIO
+
+__all__ = ("Callers", "From", "HostInfo", "Output", "TscKhz", "opened", "parse_callers", "progress")
+
+From = Annotated[str | None, typer.Option("--from", metavar="RELEASE", help="Xen release that wrote the trace.")]
+Callers = Annotated[
+    list[str] | None,
+    typer.Option("--caller", metavar="KIND|d3=KIND", help="Caller ABI (pv64, pv32, hvm64, …), for all or one domain."),
+]
+TscKhz = Annotated[int | None, typer.Option("--tsc-khz", metavar="N", min=1, help="TSC frequency of the host.")]
+HostInfo = Annotated[str | None, typer.Option("--host-info", metavar="FILE", help="Text of 'xl info' or 'xl dmesg'.")]
+Output = Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Write there instead of stdout.")]
+
+
+def parse_callers(values: list[str] | None) -> dict[int | None, str]:
+    """Turn ``pv64`` and ``d3=hvm64`` into caller by domain (None: all)."""
+    from xtrace.errors import UsageError
+    from xtrace.schema import CALLERS
+
+    out: dict[int | None, str] = {}
+    for text in values or ():
+        who, eq, kind = text.rpartition("=")
+        key: int | None = None
+        if eq:
+            digits = who.removeprefix("d")
+            if not digits.isdigit() or int(digits) > 0xFFFF:
+                raise UsageError(f"--caller {text}: {who!r} is no domain; write d3=pv64")
+            key = int(digits)
+        if kind not in CALLERS:
+            raise UsageError(f"--caller {text}: no caller is called {kind!r}; there are {', '.join(CALLERS)}")
+        out[key] = kind
+    return out
+
+
+def opened(path: str | None) -> AbstractContextManager[TextIO]:
+    """Return standard output, or a file that appears whole or not at all."""
+    import contextlib
+    import os
+    import sys
+    import tempfile
+    from pathlib import Path
+
+    @contextlib.contextmanager
+    def whole(name: str) -> Iterator[TextIO]:
+        target = Path(name)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
+        ) as tmp:
+            try:
+                yield tmp
+                tmp.flush()
+                os.fsync(tmp.fileno())
+            except BaseException:
+                Path(tmp.name).unlink()
+                raise
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(tmp.name).chmod(0o666 & ~mask)
+        Path(tmp.name).replace(target)
+
+    @contextlib.contextmanager
+    def standard() -> Iterator[TextIO]:
+        yield sys.stdout
+        sys.stdout.flush()
+
+    return standard() if path is None or path == "-" else whole(path)
+
+
+@__import__("contextlib").contextmanager
+def progress(title: str) -> Iterator[object]:
+    """Yield a callback (done, total) that draws a bar on a terminal, or None."""
+    import sys
+
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    bar = Progress(
+        "{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(title)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,395 @@
+"""The binary that ``xentrace`` writes, from Xen 3.2.0 to 4.22.0: windows of variable-size records, one pCPU each.
+
+The work goes in rounds. Each round reads some more of the pCPUs that are behind, finds their records (``walk``), extracts
+those that become events and who they belong to (``records``, ``attribute``), and emits everything up to the time that no
+pCPU can fall behind any more. How much a round reads depends on a fixed budget, shared by the pCPUs, and on nothing that a
+file claims.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import polars as pl
+
+from xtrace.ingest.attribute import Batch, Pcpus
+from xtrace.ingest.base import Ledger, Observed
+from xtrace.ingest.layout import BAD, load
+from xtrace.ingest.records import Rows, Tally, concat, extract, frame, take, tally
+from xtrace.ingest.walk import BLOCK, PAD, walk
+from xtrace.ingest.windows import HEADER_BYTES, MAGIC, Cursor, WindowIndex, plausible, read_at, scan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from xtrace.ingest.base import ReadOptions
+    from xtrace.ingest.source import Source
+
+__all__ = ("READER", "XentraceReader", "XentraceRecording")
+
+#: Bytes that a round reads.
+CHUNK: Final = 1 << 22
+
+_QUOTA_MIN: Final = 1 << 11  # bytes that a pCPU gets even where there are thousands
+_ROW_BYTES: Final = 32  # what an event that waits counts for in the budget
+_GAP: Final = 1 << 12  # bytes of other pCPUs' windows that are read over rather than jumped over
+_LOOK: Final = 1 << 22  # bytes at the start that may be looked at to tell the era
+
+_MAGIC_BYTES: Final = MAGIC.to_bytes(4, "little")
+
+
+class XentraceReader:
+    """Reader of the xentrace binary (``xtrace.ingest.base.Reader``)."""
+
+    name = "xentrace"
+    title = "xentrace binary, Xen 3.2 to 4.22"
+
+    def sniff(self, head: bytes) -> int:
+        """Say how sure this is: 100 for a window header at byte 0, 20 for a damaged head with windows behind it."""
+        if len(head) >= HEADER_BYTES and plausible(head):
+            return 100
+        at = head.find(_MAGIC_BYTES)
+        while 0 <= at <= len(head) - HEADER_BYTES:
+            if plausible(head, at):
+                due = at + HEADER_BYTES + int.from_bytes(head[at + 8 : at + 12], "little")
+                if due >= len(head) or plausible(head, due):
+                    return 20
+            at = head.find(_MAGIC_BYTES, at + 1)
+        return 0
+
+    def open(self, source: Source, options: ReadOptions) -> XentraceRecording:
+        """Open ``source``; nothing is read yet."""
+        return XentraceRecording(source, options)
+
+
+class XentraceRecording:
+    """One opened xentrace binary (``xtrace.ingest.base.Recording``).
+
+    Args:
+        source: where the bytes are.
+        options: how to read.
+        chunk: bytes a round reads; for tests, it never changes a result.
+        block: words a block of the walk; for tests.
+    """
+
+    format = "xentrace"
+
+    def __init__(self, source: Source, options: ReadOptions, *, chunk: int = CHUNK, block: int = BLOCK) -> None:
+        self.ledger = Ledger()
+        self.observed = Observed(tsc_khz=None)
+        self._fd = source.file.fileno()
+        self._size = source.size
+        self._options = options
+        self._chunk, self._block = max(chunk, 64), block
+        self._layout = load()
+        self._counts = np.zeros(len(self._layout.codes), dtype=np.int64)
+        self._others: dict[int, int] = {}
+        self._words = np.zeros(0, dtype=np.uint32)
+        self._marks = np.zeros(0, dtype=np.bool_)
+        self._index = WindowIndex()
+        self._dom_era: tuple[bool | None] | None = None
+
+    def batches(self) -> Iterator[pl.DataFrame]:
+        """Yield frames of ``schema.EVENTS`` in the order (segment, TSC, pCPU, file); damage goes to the ledger."""
+        self._index = scan(self._fd, self._size, self.ledger)
+        numbers = np.array(self._index.pcpus, dtype=np.uint32)
+        self.observed.pcpus = len(numbers)
+        most = min(max((1 << 20) // max(len(numbers), 1), 64), 1 << 14)
+        cursors = [Cursor(self._index, int(n), most) for n in numbers]
+        self._pcpus = Pcpus(len(cursors))
+        ready: list[pl.DataFrame] = []
+        held, seq = 0, 0
+        for rows in self._rounds(cursors):
+            n = len(rows["code"])
+            if not n:
+                continue
+            counts = tally(rows)
+            out = frame(rows, counts, numbers, seq, self._pcpus.first_tsc or 0, self._options.tsc_khz)
+            self._count(counts)
+            seq, held = seq + n, held + n
+            ready.append(out)
+            if held >= self._options.batch_rows:
+                yield from self._sliced(pl.concat(ready, rechunk=False))
+                ready, held = [], 0
+        if ready:
+            yield from self._sliced(pl.concat(ready, rechunk=False))
+        self._finish()
+
+    def _sliced(self, batch: pl.DataFrame) -> Iterator[pl.DataFrame]:
+        size = max(self._options.batch_rows, 1)
+        return batch.iter_slices(size) if batch.height >= 2 * size else iter((batch,))
+
+    # --- rounds -------------------------------------------------------------------------------------------------
+
+    def _rounds(self, cursors: list[Cursor]) -> Iterator[Rows]:
+        """Read in rounds; yield rows in their final order."""
+        state, waiting = self._pcpus, None
+        behind = np.zeros(len(cursors), dtype=np.int64)  # events of each pCPU that wait to be emitted
+        while True:
+            live = np.array([i for i, c in enumerate(cursors) if not c.done], dtype=np.int64)
+            if not len(live):
+                if waiting is not None:
+                    yield waiting
+                return
+            held = int(behind.sum()) * _ROW_BYTES
+            room = behind[live] * _ROW_BYTES <= self._chunk // (2 * len(live))
+            slowest = live[np.lexsort((live, state.tsc[live], state.segment[live]))[0]]
+            room |= live == slowest
+            wanted = live[room]
+            quota = min(self._chunk, max(2 * self._chunk - held, 0)) // len(wanted)
+            quota = max(quota, min(_QUOTA_MIN, self._chunk)) // 4 * 4
+            rows = self._round([cursors[i] for i in wanted.tolist()], wanted, quota)
+            waiting = rows if waiting is None else concat((waiting, rows))
+            live = np.array([i for i, c in enumerate(cursors) if not c.done], dtype=np.int64)
+            done, waiting = self._ripe(waiting, live)
+            behind = np.bincount(waiting["pcpu"], minlength=len(cursors))
+            yield done
+
+    def _ripe(self, rows: Rows, live: NDArray[np.int64]) -> tuple[Rows, Rows]:
+        """Sort rows and cut them at the key that the slowest of the ``live`` pCPUs stands at."""
+        segment, tsc, pcpu = rows["segment"], rows["tsc"], rows["pcpu"]
+        n = len(tsc)
+        if not n:
+            return rows, rows
+        flat = bool((segment == segment[0]).all())
+        if not flat:
+            rows = take(rows, np.lexsort((pcpu, tsc, segment)))
+        elif not (tsc[1:] >= tsc[:-1]).all():
+            rows = take(rows, np.argsort(tsc, kind="stable"))
+        if flat:
+            _order_equals(rows)
+        if not len(live):
+            return rows, {name: column[:0] for name, column in rows.items()}
+        state = self._pcpus
+        p = live[np.lexsort((live, state.tsc[live], state.segment[live]))[0]]
+        # Other pCPUs' records with this very key are known completely up to pCPU p, and p's own come in file order.
+        low, high = _range(rows["segment"], state.segment[p], 0, n)
+        low, high = _range(rows["tsc"], state.tsc[p], low, high)
+        cut = _range(rows["pcpu"], p, low, high)[1]
+        # Copies, so that what waits does not keep a whole round's columns alive.
+        rest = {name: column[cut:].copy() for name, column in rows.items()}
+        return {name: column[:cut] for name, column in rows.items()}, rest
+
+    def _round(self, cursors: list[Cursor], dense: NDArray[np.int64], quota: int) -> Rows:
+        """Read, walk and extract the next pieces of ``cursors``; move them on."""
+        plans = [cursor.take(quota) for cursor in cursors]
+        pieces = np.array([len(plan[0]) for plan in plans], dtype=np.int64)
+        offset, size, final = (np.concatenate(parts) for parts in zip(*plans, strict=True))
+        in_file = np.argsort(offset, kind="stable")
+        start = np.empty(len(offset), dtype=np.int64)
+        start[in_file] = self._read(offset[in_file], size[in_file])
+        end = start + size // 4
+        pos, counts, stops = walk(self._words, start[in_file], end[in_file], self._marks, self._layout.likely, self._block)
+        count, stop = np.empty_like(counts), np.empty_like(stops)
+        count[in_file], stop[in_file] = counts, stops
+        if len(dense) > 1 and not (in_file[1:] > in_file[:-1]).all():
+            first = np.empty_like(count)
+            first[in_file] = np.cumsum(counts) - counts
+            shift = first - (np.cumsum(count) - count)
+            pos = pos.take(np.arange(len(pos)) + np.repeat(shift, count))
+        head = self._words.take(pos)
+        slot = self._layout.rows.take(head << 4 >> 16)
+        slot += head & 0xFFF
+        code = self._layout.codes.take(slot)
+
+        broken = np.zeros(len(offset), dtype=np.bool_)
+        if (code == BAD).any():
+            keep = self._damage(pos, code, count, offset, start, stop, broken)
+            pos, head, slot, code = pos[keep], head[keep], slot[keep], code[keep]
+        self._straddles(offset, size, start, end, stop, final, broken)
+        self._histogram(slot, head)
+        last = np.cumsum(pieces) - 1
+        for i, (cursor, n) in enumerate(zip(cursors, pieces.tolist(), strict=True)):
+            k = int(last[i])
+            if bool(final[k]):
+                cursor.settle(n)
+            elif broken[k]:
+                self.ledger.skipped_bytes += cursor.skip()
+            else:
+                cursor.settle(n, left=int(stop[k] - start[k]) * 4)
+
+        bounds = np.append(0, np.cumsum(count))
+        chosen = code != 0
+        rows = np.flatnonzero(chosen)
+        if len(rows) == len(pos):
+            at, top = pos, head
+        else:
+            at, top, code = pos.take(rows), head.take(rows), code.take(rows)
+        per_piece = np.diff(np.searchsorted(rows, bounds))
+        edges = np.append(0, last + 1)
+        batch = Batch(
+            words=self._words,
+            pos=pos,
+            head=head,
+            pcpus=dense,
+            bounds=bounds[edges],
+            rows=rows,
+            code=code,
+            row_bounds=np.append(0, np.cumsum(per_piece))[edges],
+            group=np.repeat(np.repeat(np.arange(len(dense)), pieces), per_piece),
+            base=np.where(top.view(np.int32) < 0, at + 3, at + 1),
+            extra=(top >> 28 & 7).astype(np.uint8),
+        )
+        offsets = at * 4 + np.repeat(offset - start * 4, per_piece)
+        events, short = extract(batch, self._pcpus, offsets, self._layout.needs, self._era_has_dom_word)
+        for row in short[: Ledger.KEEP].tolist():
+            event = int(top[row]) & 0xFFFFFFF
+            name = self._layout.names.get(event, "")
+            text = f"record {event:#x} ({name}) has only {int(batch.extra[row])} words"
+            self.ledger.problem(text, offset=int(offsets[row]))
+        self.ledger.problems_dropped += max(len(short) - Ledger.KEEP, 0)
+        return events
+
+    def _read(self, offset: NDArray[np.int64], size: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Read pieces (ascending in the file) into the buffer; return the word at which each begins there."""
+        gap = offset[1:] - offset[:-1] - size[:-1]
+        joined = (gap >= 0) & (gap % 4 == 0) & (gap <= np.minimum(3 * size[1:] + 64, _GAP))
+        first = np.flatnonzero(np.append(True, ~joined))
+        last = np.append(first[1:], len(offset)) - 1
+        length = offset[last] + size[last] - offset[first]
+        base = np.cumsum(length) - length
+        need = int(base[-1] + length[-1]) // 4 + PAD + 1
+        if need > len(self._words):
+            self._words = np.zeros(need, dtype=np.uint32)
+            self._marks = np.zeros(need, dtype=np.bool_)
+        view = memoryview(self._words).cast("B")  # type: ignore[arg-type]
+        for at, begin, n in zip(offset[first].tolist(), base.tolist(), length.tolist(), strict=True):
+            got = read_at(self._fd, view[begin : begin + n], at)
+            if got < n:  # the file shrank meanwhile
+                view[begin + got : begin + n] = bytes(n - got)
+        span = np.repeat(np.arange(len(first)), last - first + 1)
+        return (base[span] + offset - offset[first][span]) // 4
+
+    # --- damage -------------------------------------------------------------------------------------------------
+
+    def _damage(
+        self,
+        pos: NDArray[np.int64],
+        code: NDArray[np.uint8],
+        count: NDArray[np.int64],
+        offset: NDArray[np.int64],
+        start: NDArray[np.int64],
+        stop: NDArray[np.int64],
+        broken: NDArray[np.bool_],
+    ) -> NDArray[np.bool_]:
+        """Give up each piece from its first impossible header on; return which records are kept.
+
+        ``count``, ``stop`` and ``broken`` are changed for those pieces.
+        """
+        bounds = np.append(0, np.cumsum(count))
+        bad = np.flatnonzero(code == BAD)
+        piece, at = np.unique(np.searchsorted(bounds, bad, side="right") - 1, return_index=True)
+        first = bad[at]
+        change = np.zeros(len(pos) + 1, dtype=np.int8)
+        change[first] += 1
+        np.subtract.at(change, bounds[piece + 1], 1)
+        stop[piece] = pos[first]
+        count[piece] = first - bounds[piece]
+        broken[piece] = True
+        where = offset[piece] + (stop[piece] - start[piece]) * 4
+        for at_byte, word in zip(where[: Ledger.KEEP].tolist(), pos[first].tolist(), strict=False):
+            text = f"{int(self._words[word]):#010x} is no record header; the rest of the window is skipped"
+            self.ledger.problem(text, offset=at_byte)
+        self.ledger.problems_dropped += max(len(piece) - Ledger.KEEP, 0)
+        return np.cumsum(change[:-1]) == 0
+
+    def _straddles(
+        self,
+        offset: NDArray[np.int64],
+        size: NDArray[np.int64],
+        start: NDArray[np.int64],
+        end: NDArray[np.int64],
+        stop: NDArray[np.int64],
+        final: NDArray[np.bool_],
+        broken: NDArray[np.bool_],
+    ) -> None:
+        """Note what is left of windows: bytes behind damage, and a last record that would stick out."""
+        short = stop < end
+        if not short.any():
+            return
+        lost = np.flatnonzero(short & (final | broken))
+        self.ledger.skipped_bytes += int((end[lost] - stop[lost]).sum()) * 4
+        over = lost[~broken[lost]]
+        where = offset[over] + (stop[over] - start[over]) * 4
+        cut = offset[over] + size[over] + 4 > self._size if self._index.truncated is not None else np.zeros(len(over))
+        for at, is_cut in zip(where[: Ledger.KEEP].tolist(), cut.tolist(), strict=False):
+            # Where the file ends early, the cut last record belongs to that, and is no damage of its own.
+            if not is_cut:
+                self.ledger.problem("a record sticks out of its window", offset=at)
+        self.ledger.problems_dropped += max(len(over) - Ledger.KEEP, 0)
+
+    # --- what was seen ------------------------------------------------------------------------------------------
+
+    def _histogram(self, slot: NDArray[np.int32], head: NDArray[np.uint32]) -> None:
+        self._counts += np.bincount(slot, minlength=len(self._counts))
+        shared = self._layout.shared
+        if self._counts[shared:].any():
+            ids, counts = np.unique(head[slot >= shared] & 0xFFFFFFF, return_counts=True)
+            for event, n in zip(ids.tolist(), counts.tolist(), strict=True):
+                self._others[event] = self._others.get(event, 0) + n
+            self._counts[shared:] = 0
+
+    def _count(self, counts: Tally) -> None:
+        """Add emitted events to the ledger."""
+        ledger = self.ledger
+        ledger.hypercalls += counts.hypercalls
+        ledger.subcalls += counts.subcalls
+        ledger.vmmcalls += counts.vmmcalls
+        ledger.lost_events += counts.lost_events
+        ledger.lost_records += counts.lost_records
+        ledger.unattributed += counts.unattributed
+
+    def _finish(self) -> None:
+        seen, ledger = self.observed, self.ledger
+        known = np.flatnonzero(self._counts)
+        ids = dict(zip(self._layout.ids[known].tolist(), self._counts[known].tolist(), strict=True)) | self._others
+        seen.event_ids = {event: int(n) for event, n in sorted(ids.items())}
+        if self._index.count:
+            seen.event_ids[MAGIC & 0xFFFFFFF] = self._index.count
+        ledger.records = sum(seen.event_ids.values())
+        seen.layout = self._layout.era(set(ids))
+        seen.first_tsc, seen.last_tsc = self._pcpus.first_tsc, self._pcpus.last_tsc
+        ledger.problems.sort(key=lambda p: p.offset or 0)
+
+    def _era_has_dom_word(self) -> bool | None:
+        """Say whether HVM records carry a dom/vcpu word (3.2, 3.3), from the scheduling ids at the start of the file."""
+        if self._dom_era is None:
+            ids: set[int] = set()
+            budget = _LOOK
+            for offset, size in self._index.first:
+                n = min(size, budget) // 4 * 4
+                if not n:
+                    break
+                budget -= n
+                words = np.zeros(n // 4 + PAD + 1, dtype=np.uint32)
+                read_at(self._fd, memoryview(words).cast("B")[:n], offset)  # type: ignore[arg-type]
+                marks = np.zeros(len(words), dtype=np.bool_)
+                pos, _, _ = walk(words, np.array([0]), np.array([n // 4]), marks, self._layout.likely)
+                ids.update(np.unique(words.take(pos) & 0xFFFFFFF).tolist())
+            old, new = (ids & self._layout.evidence[i][0] for i in (0, 1))
+            self._dom_era = (None if bool(old) == bool(new) else bool(old),)
+        return self._dom_era[0]
+
+
+def _order_equals(rows: Rows) -> None:
+    """Put rows sorted by TSC in the order of their pCPUs where TSCs are equal (in place)."""
+    tsc, pcpu = rows["tsc"], rows["pcpu"]
+    same = np.flatnonzero(tsc[1:] == tsc[:-1])
+    if not len(same) or (pcpu[same + 1] >= pcpu[same]).all():
+        return
+    at = np.union1d(same, same + 1)
+    order = at[np.lexsort((pcpu[at], tsc[at]))]
+    for column in rows.values():
+        column[at] = column[order]
+
+
+def _range(column: NDArray[np.generic], value: np.generic | int, low: int, high: int) -> tuple[int, int]:
+    """Return which part of ``column[low:high]``, which is sorted, equals ``value``."""
+    part, key = column[low:high], column.dtype.type(value)
+    return low + int(np.searchsorted(part, key)), low + int(np.searchsorted(part, key, side="right"))
+
+
+READER: Final = XentraceReader()

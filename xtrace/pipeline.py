@@ -1,0 +1,499 @@
+"""The only joiner: from trace files to findings (ingest → replay → analyze)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from xtrace import config, release
+from xtrace.analyze import exposure, findings, surface
+from xtrace.analyze import targets as targets_mod
+from xtrace.analyze.store import FindingStore
+from xtrace.errors import InputError, InputErrors, UsageError
+from xtrace.ingest import registry
+from xtrace.ingest.base import Ledger, Observed, ReadOptions, Recording
+from xtrace.ingest.source import Source
+from xtrace.replay import facts, identify
+from xtrace.replay.account import Account
+from xtrace.replay.callers import CallerFill
+from xtrace.replay.stitch import Stitcher
+from xtrace.schema import CALLERS, CALLS
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ("Input", "Options", "Replay", "Result", "SurfaceRow", "analyze", "events", "open_input", "replay")
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to analyse; every field is optional.
+
+    Attributes:
+        source: release that wrote the trace (``--from``).
+        targets: releases or series to judge against (``--to``).
+        callers: caller ABI by domain; the key None is for all domains (``--caller``).
+        tsc_khz: TSC frequency.
+        host_info: file with ``xl info`` or ``xl dmesg`` text.
+        batch_rows: events handled at once; never changes a result.
+        keep_calls: keep the table of logical calls (memory grows with the trace).
+        progress: called with (bytes done, bytes in all) while reading.
+    """
+
+    source: str | None = None
+    targets: Sequence[str] = ()
+    callers: Mapping[int | None, str] = field(default_factory=dict)
+    tsc_khz: int | None = None
+    host_info: str | None = None
+    batch_rows: int = 1 << 20
+    keep_calls: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(slots=True)
+class Input:
+    """One input: what it is, what was read of it and what was taken from where."""
+
+    path: str
+    format: str
+    ledger: Ledger
+    observed: Observed
+    source_origin: str = ""
+    sources: tuple[str, ...] = ()
+    tsc_khz: int | None = None
+    domains: dict[int | None, tuple[str | None, str | None]] = field(default_factory=dict)  # caller, role
+
+    @property
+    def entries(self) -> int:
+        """Hypercall entries of any kind."""
+        return self.ledger.hypercalls + self.ledger.subcalls + self.ledger.vmmcalls + self.ledger.samples
+
+    @property
+    def incomplete(self) -> list[str]:
+        """Why this input cannot be called complete."""
+        ledger, why = self.ledger, []
+        if ledger.truncated:
+            why.append("it ends inside a record")
+        if ledger.skipped_bytes:
+            why.append(f"{ledger.skipped_bytes:,} bytes could not be read")
+        if ledger.skipped_lines:
+            why.append(f"{ledger.skipped_lines:,} lines could not be understood")
+        if ledger.lost_records or ledger.lost_events:
+            why.append(f"the recorder lost {ledger.lost_records:,} records")
+        if not self.entries:
+            why.append("there is no hypercall in it")
+        return why
+
+
+@dataclass(frozen=True, slots=True)
+class SurfaceRow:
+    """The surface verdict of one domain's use of one hypercall and sub-operation."""
+
+    domid: int | None
+    caller: str
+    hypercall: str
+    subop: str | None
+    calls: int
+    total: int | None
+    role: str | None
+    verdicts: tuple[surface.Surface, ...]
+    open: bool = True  # some sub-operation of the hypercall may leave a continuation
+
+
+@dataclass(slots=True)
+class Result:
+    """Everything an analysis found; tables are Polars frames."""
+
+    inputs: list[Input]
+    sources: tuple[str, ...]
+    targets: targets_mod.Targets
+    tally: findings.Tally
+    surface: list[SurfaceRow]
+    blind: list[dict[str, object]]
+    assumptions: list[str]
+    notes: list[str]
+    calls: int
+    proved: int
+    inferred: int
+    store: FindingStore
+    calls_table: pl.DataFrame | None = None
+    failed: list[InputError] = field(default_factory=list)
+
+    @property
+    def findings(self) -> pl.DataFrame:
+        """All findings (``schema.FINDINGS``)."""
+        return self.store.frame()
+
+    @property
+    def counted(self) -> list[str]:
+        """Targets that count for the exit status."""
+        return [t for t in self.targets.versions if t not in self.targets.rollback]
+
+    def target_bits(self, target: str) -> int:
+        """Return the exit bits of one target, continuations and surface together."""
+        bits = self.tally.bits[target]
+        for row in self.surface:
+            if any(target in v.targets and v.verdict != "safe" for v in row.verdicts):
+                bits |= exposure.EXIT_REVIEW
+        return bits
+
+    @property
+    def bits(self) -> int:
+        """Return the exit status (DESIGN §5)."""
+        out = 0
+        for t in self.counted:
+            out |= self.target_bits(t)
+        if any(i.incomplete for i in self.inputs):
+            out |= exposure.EXIT_INCOMPLETE
+        for error in self.failed:
+            out |= error.exit_bits
+        return out
+
+
+def open_input(path: str | os.PathLike[str], options: Options) -> tuple[Source, Recording]:
+    """Open one input and recognise its format.
+
+    Raises:
+        InputError: it cannot be read, or is no trace.
+    """
+    source = Source(path)
+    try:
+        recording = registry.detect(source).open(source, ReadOptions(options.batch_rows, options.tsc_khz))
+    except Exception:
+        source.close()
+        raise
+    if source.damage:
+        recording.ledger.truncated = True
+        recording.ledger.problem(source.damage, offset=source.size)
+    return source, recording
+
+
+def events(path: str | os.PathLike[str], options: Options | None = None) -> Iterator[pl.DataFrame]:
+    """Yield the events of one trace (``schema.EVENTS``) in batches."""
+    source, recording = open_input(path, options or Options())
+    with source:
+        yield from recording.batches()
+
+
+def analyze(paths: Sequence[str | os.PathLike[str]], options: Options | None = None) -> Result:
+    """Analyse one or more traces of one host.
+
+    Raises:
+        InputError: an input cannot be used at all.
+        UsageError: an option names something that does not exist.
+    """
+    options = options or Options()
+    for caller in options.callers.values():
+        if caller not in CALLERS:
+            raise UsageError(f"no caller is called {caller!r}; there are {', '.join(CALLERS)}")
+    if not paths:
+        raise UsageError("no trace was named")
+    host = config.read_host_info(options.host_info) if options.host_info else None
+    # Fail on a wrong release name before reading gigabytes.
+    given = release.parse(options.source) if options.source else None
+    for text in options.targets:
+        release.parse(text)
+    run = _Run(options, host, given)
+    failed: list[InputError] = []
+    for path in paths:
+        try:
+            run.read(len(run.inputs), path)
+        except InputError as exc:
+            # The others are still worth reading.
+            failed.append(exc)
+    if len(failed) == len(paths):
+        raise failed[0] if len(failed) == 1 else InputErrors(failed)
+    result = run.result()
+    result.failed = failed
+    return result
+
+
+class _Run:
+    """State of one analysis."""
+
+    def __init__(self, options: Options, host: config.HostInfo | None, given: release.Selection | None) -> None:
+        self.options, self.host, self.given = options, host, given
+        self.inputs: list[Input] = []
+        self.seen: list[pl.DataFrame] = []
+        self.assumptions: dict[str, None] = {}
+        self.notes: dict[str, None] = {}
+        self.store = FindingStore()
+        self.targets: targets_mod.Targets | None = None
+        self.tally: findings.Tally | None = None
+        self.sources: tuple[str, ...] = ()
+        self.roles: dict[int | None, str | None] = {None: None, 0: "control"}
+        self.calls = self.proved = self.inferred = 0
+        self.tables: list[pl.DataFrame] = []
+
+    def read(self, index: int, path: str | os.PathLike[str]) -> None:
+        """Read one input through to findings."""
+        sidecar = config.load_sidecar(path)
+        khz = self._khz(sidecar)
+        source, recording = open_input(path, _with_khz(self.options, khz))
+        with source:
+            item = Input(str(path), recording.format, recording.ledger, recording.observed, tsc_khz=khz)
+            self.inputs.append(item)
+            self._release(item, sidecar, path)
+            self._domains(item, sidecar)
+            if item.tsc_khz is None and recording.observed.tsc_khz is not None:
+                item.tsc_khz = recording.observed.tsc_khz
+            targets = targets_mod.choose(item.sources, self.options.targets)
+            if self.targets is None or self.targets.versions != targets.versions:
+                self._aim(targets)
+            self._stream(index, item, source, recording)
+
+    def _khz(self, sidecar: config.Sidecar | None) -> int | None:
+        for value in (self.options.tsc_khz, sidecar and sidecar.tsc_khz, self.host and self.host.tsc_khz):
+            if value:
+                return int(value)
+        return None
+
+    def _aim(self, targets: targets_mod.Targets) -> None:
+        if self.targets is not None:
+            raise UsageError("the traces come from different releases; analyse them one by one, or name --to")
+        self.targets, self.tally = targets, findings.Tally.of(targets.versions)
+        for note in targets.notes:
+            self.notes[note] = None
+
+    def _release(self, item: Input, sidecar: config.Sidecar | None, path: str | os.PathLike[str]) -> None:
+        """Find out which release wrote the trace, and say from where that is known."""
+        origin: str
+        chosen = self.given
+        if chosen is not None:
+            origin = "--from"
+        elif sidecar is not None and sidecar.release:
+            chosen, origin = release.parse(sidecar.release), f"the sidecar {sidecar.path}"
+        elif self.host is not None and self.host.release:
+            chosen, origin = release.parse(self.host.release), f"{self.options.host_info}"
+        else:
+            # The header of a text log may stand anywhere in it, and every record helps to tell the era of a binary one.
+            observed = item.observed if item.observed.release else _observe(path, self.options)
+            if observed.release:
+                chosen, origin = release.parse(observed.release), "the trace's own header"
+            else:
+                item.sources, origin = _possible(path, observed)
+                self.assumptions[
+                    f"nothing says which release wrote {item.path}: judged for each of {release.fold_text(item.sources)} "
+                    f"({origin})"
+                ] = None
+        if chosen is not None:
+            item.sources = tuple(r.version for r in chosen.releases)
+            if chosen.note:
+                self.notes[chosen.note] = None
+        item.source_origin = origin
+        self.sources = item.sources
+
+    def _domains(self, item: Input, sidecar: config.Sidecar | None) -> None:
+        """Gather what is known of the domains: the user goes before the sidecar, the sidecar before the recording."""
+        known: dict[int | None, tuple[str | None, str | None]] = {0: (None, "control")}
+        for domid, d in item.observed.domains.items():
+            known[domid] = (d.caller, d.role or known.get(domid, (None, None))[1])
+        for domid, info in (sidecar.domains if sidecar is not None else {}).items():
+            caller, role = known.get(domid, (None, None))
+            known[domid] = (info.caller or caller, info.role or role)
+        for key, caller_ in self.options.callers.items():
+            if key is not None:
+                known[key] = (caller_, known.get(key, (None, None))[1])
+        item.domains = known
+        for domid, (_, role) in known.items():
+            self.roles[domid] = role
+
+    def _stream(self, index: int, item: Input, source: Source, recording: Recording) -> None:
+        assert self.tally is not None
+        assert self.targets is not None
+        fill = CallerFill(
+            everyone=self.options.callers.get(None),
+            domains={k: c for k, (c, _) in item.domains.items() if c is not None and k is not None},
+        )
+        stitcher = Stitcher(item.sources[-1], calls=self.calls)
+        context = findings.Context(item.sources, self.targets.versions, self.targets.rollback, self.roles)
+        for batch in recording.batches():
+            stitched = stitcher.feed(fill.fill(batch))
+            self.seen.append(surface.collect(stitched.entries, index))
+            if len(self.seen) > 64:
+                self.seen = [surface.merge(self.seen)]
+            if len(stitched.continuations):
+                rows = stitched.continuations.with_columns(input=pl.lit(index, dtype=pl.UInt32))
+                self.store.add(findings.judge_continuations(rows, context, self.tally))
+            if self.options.keep_calls:
+                self.tables.append(_call_rows(stitched.entries))
+            if self.options.progress is not None and len(batch):
+                self.options.progress(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
+        self.calls = stitcher.calls
+        self.proved += stitcher.proved
+        self.inferred += stitcher.inferred
+        for domid, caller in fill.used:
+            item.domains[domid] = (caller, self.roles.get(domid, self.roles[None]))
+        for domid, caller in sorted(fill.assumed, key=str):
+            who = f"domain {domid}" if domid is not None else "calls of unknown domains"
+            self.assumptions[f"{who} taken as {caller}: the trace does not say (--caller sets it)"] = None
+
+    def result(self) -> Result:
+        """Put everything together."""
+        assert self.targets is not None
+        assert self.tally is not None
+        seen = surface.merge(self.seen)
+        rows = [self._surface(row) for row in seen.iter_rows(named=True)]
+        calls = None
+        if self.options.keep_calls:
+            calls = _calls(self.tables)
+        return Result(
+            self.inputs, self.sources, self.targets, self.tally, rows, self._blind(rows), list(self.assumptions),
+            list(self.notes), self.calls, self.proved, self.inferred, self.store, calls,
+        )  # fmt: skip
+
+    def _surface(self, row: Mapping[str, object]) -> SurfaceRow:
+        assert self.targets is not None
+        op, caller, domid = int(str(row["op"])), str(row["caller"]), row["domid"]
+        number = None if row["number"] is None else int(str(row["number"]))
+        total = None if row["untotalled"] or row["total"] is None else int(str(row["total"]))
+        role = self.roles.get(None if domid is None else int(str(domid)), self.roles[None])
+        issuer = exposure.expose(role, None, caller).issuer
+        # Where several releases may be the source, one that breaks is enough to ask for a review.
+        verdicts: dict[str, surface.Surface] = {}
+        for source in self.sources_of_surface(op, caller):
+            for v in surface.judge(source, caller, op, number, total, list(self.targets.versions), issuer):
+                for t in v.targets:
+                    if t not in verdicts or (verdicts[t].verdict == "safe" and v.verdict != "safe"):
+                        verdicts[t] = v
+        grouped: dict[int, tuple[surface.Surface, list[str]]] = {}
+        for t, v in verdicts.items():
+            grouped.setdefault(id(v), (v, []))[1].append(t)
+        subop = facts.operation_label(op, number)
+        return SurfaceRow(
+            None if domid is None else int(str(domid)), caller, facts.lookup(self.sources[-1], caller, op).name, subop,
+            int(str(row["calls"])), total, role,
+            tuple(
+                surface.Surface(tuple(ts), v.verdict, v.outcomes, v.breaking, v.caveats, v.unknown)
+                for v, ts in grouped.values()
+            ),
+            any(surface.continues(source, caller, op) for source in self.sources),
+        )  # fmt: skip
+
+    def sources_of_surface(self, op: int, caller: str) -> list[str]:
+        """Return one release for each way in which the possible sources treat a hypercall."""
+        from xtrace.analyze.judging import classes
+
+        return [group[0] for group in classes(op, caller, self.sources)]
+
+    def _blind(self, rows: Sequence[SurfaceRow]) -> list[dict[str, object]]:
+        """List what the traces could not show."""
+        out: list[dict[str, object]] = []
+        hidden: dict[str, int] = {}
+        names = {facts.hypercall_names().get(k) for k in facts.command_hypercalls()}
+        for row in rows:
+            if row.subop is None and row.hypercall in names and row.open:
+                hidden[row.hypercall] = hidden.get(row.hypercall, 0) + row.calls
+        for name, n in sorted(hidden.items()):
+            out.append({"what": "sub-operation", "hypercall": name, "calls": n,
+                        "why": "the recorder does not write the arguments of this hypercall"})  # fmt: skip
+        for item in self.inputs:
+            if item.ledger.unattributed:
+                out.append({"what": "domain", "hypercall": None, "calls": item.ledger.unattributed,
+                            "why": f"{item.path}: no scheduling record says which vCPU ran"})  # fmt: skip
+            for why in item.incomplete:
+                out.append({"what": "loss", "hypercall": None, "calls": None, "why": f"{item.path}: {why}"})
+        return out
+
+
+class Replay:
+    """One trace replayed at one release; iterate ``batches`` once."""
+
+    def __init__(self, path: str, release_: str, options: Options) -> None:
+        """Remember what to replay."""
+        self.path, self.options = path, options
+        self.account = Account(release_)
+        self.assumptions: list[str] = []
+        self.input: Input | None = None
+
+    def batches(self) -> Iterator[pl.DataFrame]:
+        """Yield rows of ``replay.account.ACCOUNT``."""
+        sidecar = config.load_sidecar(self.path)
+        source, recording = open_input(self.path, self.options)
+        with source:
+            self.input = Input(self.path, recording.format, recording.ledger, recording.observed)
+            known = {k: d.caller for k, d in recording.observed.domains.items() if d.caller}
+            known |= {k: d.caller for k, d in (sidecar.domains if sidecar is not None else {}).items() if d.caller}
+            known |= {k: c for k, c in self.options.callers.items() if k is not None}
+            fill = CallerFill(self.options.callers.get(None), known)
+            stitcher = Stitcher(self.account.release)
+            for batch in recording.batches():
+                yield self.account.take(stitcher.feed(fill.fill(batch)))
+        for domid, caller in sorted(fill.assumed, key=str):
+            who = f"domain {domid}" if domid is not None else "calls of unknown domains"
+            self.assumptions.append(f"{who} taken as {caller}")
+
+    @property
+    def bits(self) -> int:
+        """Return the exit status."""
+        out = 0
+        if self.account.divergence is not None or self.account.counts.get("unknown"):
+            out |= exposure.EXIT_REVIEW
+        if self.input is not None and self.input.incomplete:
+            out |= exposure.EXIT_INCOMPLETE
+        return out
+
+
+def replay(path: str | os.PathLike[str], at: str, options: Options | None = None) -> Replay:
+    """Prepare the replay of one trace at release ``at``."""
+    return Replay(str(path), release.get(at).version, options or Options())
+
+
+def _with_khz(options: Options, khz: int | None) -> Options:
+    from dataclasses import replace
+
+    return replace(options, tsc_khz=khz)
+
+
+def _observe(path: str | os.PathLike[str], options: Options) -> Observed:
+    """Read a whole input for what it says of itself: a batch at its beginning might not have said it yet."""
+    if str(path) == "-":
+        raise UsageError("standard input is read once: name the release with --from")
+    source, recording = open_input(path, options)
+    with source:
+        for _ in recording.batches():
+            pass
+    return recording.observed
+
+
+def _possible(path: str | os.PathLike[str], observed: Observed) -> tuple[tuple[str, ...], str]:
+    """Return the releases that the record layouts of a trace leave possible."""
+    versions = identify.possible(observed.event_ids)
+    if not versions:
+        raise InputError(str(path), "its records contradict each other: no one release writes all of them", exit_bits=16)
+    # What no fact file speaks about cannot be judged at all; a source that is only possible is not worth an "unknown".
+    modelled = tuple(v for v in versions if v in facts.modelled_releases())
+    return modelled or versions, f"record layout {observed.layout or 'of no era of its own'}"
+
+
+def _call_rows(entries: pl.DataFrame) -> pl.DataFrame:
+    return entries.filter(pl.col("call").is_not_null() & (pl.col("kind") != "subcall")).select(
+        "call", "seq", "offset", "line", "tsc", "domid", "vcpu", "caller", "op", "kind", "reentry", "result"
+    )
+
+
+def _calls(parts: list[pl.DataFrame]) -> pl.DataFrame:
+    """Fold the rows of each call into one."""
+    if not parts:
+        return pl.DataFrame(schema=CALLS)
+    rows = pl.concat(parts)
+    entry = pl.col("kind").is_in(["hypercall", "vmmcall"])
+    return (
+        rows.group_by("call", maintain_order=True)
+        .agg(
+            pl.col("seq").first(),
+            pl.col("seq").last().alias("last_seq"),
+            *(pl.col(c).first() for c in ("offset", "line", "tsc", "domid", "vcpu", "caller", "op")),
+            entry.sum().cast(pl.UInt32).alias("entries"),
+            (pl.col("kind") == "sample").sum().cast(pl.UInt32).alias("samples"),
+            pl.col("result").filter(pl.col("kind") == "return").last(),
+            pl.when(pl.col("reentry").any()).then(pl.lit("inferred")).otherwise(pl.lit("proved")).alias("evidence"),
+        )
+        .cast({"evidence": CALLS["evidence"]})
+        .select(CALLS.names())
+    )

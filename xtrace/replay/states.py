@@ -1,0 +1,144 @@
+"""Columns of registers and guest memory, as the codecs read them.
+
+A :class:`States` holds n states of one hypercall and one caller: what a continuation left, or a call as it was issued.
+Values are uint64; beside every column stands a mask of what was recorded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xtrace.schema import ARGS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+    import polars as pl
+
+    U64 = npt.NDArray[np.uint64]
+    Mask = npt.NDArray[np.bool_]
+
+__all__ = ("Column", "States")
+
+LOW32 = np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """n unsigned 64-bit values and which of them are known (unknown ones read as 0)."""
+
+    value: U64
+    known: Mask
+
+    @classmethod
+    def of(cls, values: Sequence[int | None]) -> Column:
+        """Build a column from Python numbers; None is unknown."""
+        known = np.array([v is not None for v in values], dtype=bool)
+        return cls(np.array([(v or 0) & 0xFFFFFFFFFFFFFFFF for v in values], dtype=np.uint64), known)
+
+    @classmethod
+    def unknown(cls, n: int) -> Column:
+        """Return n unknown values."""
+        return cls(np.zeros(n, np.uint64), np.zeros(n, bool))
+
+    @classmethod
+    def full(cls, n: int, value: int) -> Column:
+        """Return n times the same known value."""
+        return cls(np.full(n, value, np.uint64), np.ones(n, bool))
+
+    def take(self, rows: npt.NDArray[np.intp]) -> Column:
+        """Return the rows chosen."""
+        return Column(self.value[rows], self.known[rows])
+
+    def item(self, i: int) -> int | None:
+        """Return value i as a Python number, or None."""
+        return int(self.value[i]) if self.known[i] else None
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Registers arg0…arg5 and named guest-memory fields of n states."""
+
+    args: tuple[Column, ...]
+    memory: Mapping[str, Column] = field(default_factory=dict)
+    cut: npt.NDArray[np.uint8] | None = None  # bit k: argument k was recorded as 32 bits only
+
+    def __len__(self) -> int:
+        return len(self.args[0])
+
+    def at(self, location: str) -> Column:
+        """Return ``arg0``…``arg5`` or ``mem.FIELD``; unknown where nothing was recorded."""
+        if location.startswith("arg"):
+            return self.args[int(location[3:])]
+        found = self.memory.get(location.removeprefix("mem."))
+        return found if found is not None else Column.unknown(len(self))
+
+    def take(self, rows: npt.NDArray[np.intp]) -> States:
+        """Return the rows chosen."""
+        return States(
+            tuple(a.take(rows) for a in self.args),
+            {k: v.take(rows) for k, v in self.memory.items()},
+            None if self.cut is None else self.cut[rows],
+        )
+
+    def replace(self, changes: Mapping[str, Column]) -> States:
+        """Return a copy with other columns at the given locations."""
+        args = list(self.args)
+        memory = dict(self.memory)
+        for location, column in changes.items():
+            if location.startswith("arg"):
+                args[int(location[3:])] = column
+            else:
+                memory[location.removeprefix("mem.")] = column
+        return States(tuple(args), memory, self.cut)
+
+    @classmethod
+    def of(cls, args: Sequence[Sequence[int | None]], memory: Mapping[str, Sequence[int | None]] | None = None) -> States:
+        """Build states from Python rows: one sequence of up to six arguments for each state."""
+        rows = [list(a) + [None] * (6 - len(a)) for a in args]
+        columns = tuple(Column.of([r[k] for r in rows]) for k in range(6))
+        return cls(columns, {k: Column.of(v) for k, v in (memory or {}).items()})
+
+    @classmethod
+    def from_frame(cls, frame: pl.DataFrame, *, prefix: str = "") -> States:
+        """Build states from a frame with columns arg0…arg5, cut and memory (see ``schema.CONTINUATIONS``)."""
+        columns = []
+        for name in ARGS:
+            s = frame.get_column(prefix + name)
+            known = s.is_not_null().to_numpy()
+            columns.append(Column(s.fill_null(0).to_numpy(), known))
+        cut = None
+        if not prefix and "cut" in frame.columns:
+            cut = frame.get_column("cut").fill_null(0).to_numpy()
+        return cls(tuple(columns), _memory(frame.get_column(prefix + "memory")), cut)
+
+
+def _memory(series: pl.Series) -> dict[str, Column]:
+    """Turn a list of (field, value) into a column for each field; the last of a doubled field wins."""
+    import polars as pl
+
+    n = len(series)
+    if series.null_count() == n:
+        return {}
+    rows = (
+        pl.DataFrame({"row": pl.int_range(n, eager=True, dtype=pl.UInt32), "memory": series})
+        .filter(pl.col("memory").list.len() > 0)
+        .explode("memory")
+        .unnest("memory")
+        .drop_nulls()
+    )
+    out: dict[str, Column] = {}
+    for (name,), part in rows.group_by("field", maintain_order=True):
+        value, known = np.zeros(n, np.uint64), np.zeros(n, bool)
+        index = part.get_column("row").to_numpy()
+        value[index] = part.get_column("value").to_numpy()
+        known[index] = True
+        out[str(name)] = Column(value, known)
+    return out

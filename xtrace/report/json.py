@@ -1,0 +1,37 @@
+"""``--format json`` and ``--format jsonl``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, TextIO
+
+from xtrace.report import common
+
+if TYPE_CHECKING:
+    from xtrace.pipeline import Result
+
+__all__ = ("write_json", "write_jsonl")
+
+
+def write_json(result: Result, out: TextIO) -> None:
+    """Write one document (docs/json.md); findings are written as they are read, not gathered first."""
+    head = json.dumps(common.head(result), indent=1, ensure_ascii=True)
+    out.write(head[: head.rindex("}")].rstrip())
+    out.write(',\n "findings": [')
+    comma = "\n"
+    for row in common.rows(result):
+        out.write(comma + "  " + json.dumps(row))
+        comma = ",\n"
+    out.write("]\n}\n" if comma == "\n" else "\n ]\n}\n")
+
+
+def write_jsonl(result: Result, out: TextIO) -> None:
+    """Write one object a line: inputs, findings, surface rows, and the summary last; ``type`` says which."""
+    head = common.head(result)
+    for item in head.pop("inputs"):
+        out.write(json.dumps({"type": "input", **item}) + "\n")
+    for row in common.rows(result):
+        out.write(json.dumps({"type": "finding", **row}) + "\n")
+    for row in head.pop("surface"):
+        out.write(json.dumps({"type": "surface", **row}) + "\n")
+    out.write(json.dumps({"type": "summary", **head}) + "\n")

@@ -1,0 +1,190 @@
+"""The report for a terminal: verdict first, then what it rests on, readable at 80 columns and plain when piped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TextIO
+
+import polars as pl
+
+from xtrace import release
+from xtrace.analyze import rules
+from xtrace.report import common
+from xtrace.schema import ARGS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from xtrace.pipeline import Result
+
+__all__ = ("write_text",)
+
+_COLOURS = {"safe": "green", "review": "yellow", "breaks": "red"}
+
+#: What findings share when they are shown as one.
+_KEY = (
+    "code", "outcome", "hypercall", "subop", "caller", "domid", "evidence", "errno", "harmless", "in_exit", "issuer",
+    "migrates",
+)  # fmt: skip
+
+
+def write_text(result: Result, out: TextIO, *, verbose: bool = False, width: int | None = None) -> None:
+    """Write the report.
+
+    Args:
+        result: what was found.
+        out: where to.
+        verbose: one line for every finding instead of the first example of each kind.
+        width: columns; taken from the terminal if there is one, else 100.
+    """
+    from rich.console import Console
+
+    console = Console(file=out, width=width or (None if out.isatty() else 100), highlight=False, soft_wrap=not out.isatty())
+    verdict = common.summary(result)["verdict"]
+    console.print(_safe(common.sentence(result)), style=f"bold {_COLOURS.get(verdict, 'yellow')}")
+    for line in result.assumptions:
+        console.print("assumed: " + _safe(line))
+    for line in result.notes:
+        console.print("note: " + _safe(line))
+    console.print()
+    _targets(result, console)
+    _findings(result, console, verbose)
+    _surface(result, console)
+    _blind(result, console)
+
+
+def _safe(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(common.clean(text))
+
+
+def _targets(result: Result, console: Console) -> None:
+    from rich.table import Table
+
+    proved, inferred = result.proved, result.inferred
+    console.print(
+        f"{result.calls:,} calls; continuations: {proved:,} proved, {inferred:,} inferred.", style="dim"
+    )
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for name in ("target", "verdict", "continuations seen", "calls that could break"):
+        table.add_column(name, overflow="fold")
+    for g in common.target_groups(result):
+        counts = ", ".join(f"{k} {v:,}" for k, v in g["outcomes"].items()) or "none"
+        name = release.fold_text(g["targets"]) + (" (rollback)" if g["rollback"] else "")
+        table.add_row(name, g["verdict"], counts, ", ".join(g["surface"]) or "none", style=_COLOURS[g["verdict"]])
+    console.print(table)
+
+
+def _findings(result: Result, console: Console, verbose: bool) -> None:
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for batch in result.store.batches():
+        keyed = batch.with_columns(pl.col("targets").list.join(" ").alias("_targets"))
+        for row in keyed.group_by(*_KEY, "_targets", maintain_order=True).agg(
+            pl.len().alias("n"), pl.all().exclude(*_KEY, "_targets").first()
+        ).iter_rows(named=True):  # fmt: skip
+            key = (*(row[k] for k in _KEY), row["_targets"])
+            if key in groups:
+                groups[key]["n"] += row["n"]
+            else:
+                groups[key] = row
+    if not groups:
+        return
+    order = {code: k for k, code in enumerate(rules.rules())}
+    for row in sorted(groups.values(), key=lambda r: (not r["in_exit"], order.get(r["code"], 99), r["input"], r["seq"])):
+        # The rollback line is for information; its findings are shown in the table above, and here on demand.
+        if row["in_exit"] or verbose:
+            console.print()
+            _one(row, console, result)
+    if verbose:
+        console.print()
+        for row in common.rows(result):
+            place = f"line {row['line']}" if row["line"] is not None else f"byte {row['offset']}"
+            console.print(f"{row['code']} {place}: {_safe(row['text'])}")
+
+
+def _one(row: dict[str, Any], console: Console, result: Result) -> None:
+    rule = rules.rules().get(row["code"])
+    name = row["hypercall"] + (f"/{row['subop']}" if row["subop"] else "")
+    domid = "?" if row["domid"] is None else row["domid"]
+    targets = release.fold_text(row["targets"])
+    head = f"{row['code']} {row['outcome']}: {name} at {targets}"
+    if not row["in_exit"]:
+        head += " (rollback)"
+    console.print(head, style="bold")
+    who = {True: "migrates", False: "does not migrate", None: "not known whether it migrates"}[row["migrates"]]
+    console.print(
+        f"  {row['n']:,} × {row['evidence']}, domain {domid} ({row['caller']}, issuer {row['issuer']}, {who})"
+        + (f", caveats: {', '.join(row['caveats'])}" if row["caveats"] else "")
+    )
+    console.print(f"  {_safe(row['text'])}")
+    place = f"line {row['line']}" if row["line"] is not None else f"byte {row['offset']:,}"
+    path = result.inputs[row["input"]].path
+    args = " ".join(
+        f"{a}={v:#x}" if v is not None else f"{a}=?" for a, v in zip(ARGS, row["args"], strict=True) if v is not None
+    )
+    console.print(f"  first at {_safe(path)}: {place}: {args or 'no argument recorded'}")
+    console.print(f"    source {_safe(_decoding(row['source_decode']))}")
+    console.print(f"    target {_safe(_decoding(row['target_decode']))}")
+    if rule is not None:
+        console.print(f"  {rule.what_to_do}", style="dim")
+
+
+def _decoding(d: dict[str, Any]) -> str:
+    def one(x: dict[str, Any]) -> str:
+        def number(key: str) -> str:
+            return "?" if x[key] is None else f"{x[key]:,}"
+
+        text = x["subop"] or x["hypercall"] or "no operation"
+        if x["unit"]:
+            text += f", {number('progress')} of {number('total')} {x['unit']} done, {number('remaining')} left"
+        return str(text)
+
+    text = one(d)
+    if d.get("inner") and d["inner"]["hypercall"]:
+        text += "; inside: " + one(d["inner"])
+    return text
+
+
+def _surface(result: Result, console: Console) -> None:
+    lines: dict[str, list[str]] = {}
+    for r in result.surface:
+        name = f"{r.hypercall}/{r.subop}" if r.subop else r.hypercall
+        who = "unknown domain" if r.domid is None else f"domain {r.domid}"
+        for v in r.verdicts:
+            if v.verdict == "safe":
+                continue
+            counted = [t for t in v.targets if t not in result.targets.rollback]
+            if not counted:
+                continue
+            detail = ", ".join(dict.fromkeys([*v.breaking, *v.unknown]))
+            word = {"breaks": "XT020 could break", "undecidable": "XT021 could break, sub-operation not recorded",
+                    "unknown": "XT022 not modelled"}[v.verdict]  # fmt: skip
+            text = f"{word} at {release.fold_text(counted)}"
+            if detail and detail != name.split("/")[-1]:
+                text += f" ({detail})"
+            lines.setdefault(text, []).append(f"{name} ({who}, {r.calls:,} calls)")
+    if not lines:
+        return
+    console.print()
+    console.print("What was called and could break if it were caught:", style="bold")
+    for text, names in lines.items():
+        console.print(f"  {_safe(text)}:")
+        console.print("    " + _safe(", ".join(names)))
+
+
+def _blind(result: Result, console: Console) -> None:
+    if not result.blind:
+        return
+    console.print()
+    console.print("What could not be seen:", style="bold")
+    for b in result.blind:
+        what = f"{b['hypercall']}: " if b["hypercall"] else ""
+        calls = f" ({b['calls']:,} calls)" if b["calls"] is not None else ""
+        console.print("  " + _safe(f"{what}{b['what']}{calls}: {b['why']}"))
+    for i in result.inputs:
+        for p in i.ledger.problems[:5]:
+            where = f"line {p.line}" if p.line is not None else f"byte {p.offset}"
+            console.print("  " + _safe(f"{i.path}: {where}: {p.text}"))
+        more = len(i.ledger.problems) - 5 + i.ledger.problems_dropped
+        if more > 0:
+            console.print(f"  {_safe(i.path)}: {more:,} more problems")
