@@ -80,6 +80,7 @@ class XentraceRecording:
     def __init__(self, source: Source, options: ReadOptions, *, chunk: int = CHUNK, block: int = BLOCK) -> None:
         self.ledger = Ledger()
         self.observed = Observed(tsc_khz=None)
+        self._source = source  # keeps the file open
         self._fd = source.file.fileno()
         self._size = source.size
         self._options = options
@@ -368,9 +369,13 @@ class XentraceRecording:
                 read_at(self._fd, memoryview(words).cast("B")[:n], offset)  # type: ignore[arg-type]
                 marks = np.zeros(len(words), dtype=np.bool_)
                 pos, _, _ = walk(words, np.array([0]), np.array([n // 4]), marks, self._layout.likely)
-                ids.update(np.unique(words.take(pos) & 0xFFFFFFF).tolist())
-            old, new = (ids & self._layout.evidence[i][0] for i in (0, 1))
-            self._dom_era = (None if bool(old) == bool(new) else bool(old),)
+                head = words.take(pos)
+                bad = self._layout.codes.take(self._layout.rows.take(head << 4 >> 16) + (head & 0xFFF)) == BAD
+                head = head[: int(bad.argmax())] if bad.any() else head
+                ids.update(np.unique(head & 0xFFFFFFF).tolist())
+            old = any(ids & known for known, _, until in self._layout.evidence if until == "3.3")
+            new = any(ids & known for known, since, _ in self._layout.evidence if since)
+            self._dom_era = (None if old == new else old,)
         return self._dom_era[0]
 
 

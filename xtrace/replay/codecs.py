@@ -205,7 +205,11 @@ class GuestStructure:
 
     def preempt(self, b: Behaviour, issued: States, progress: U64) -> dict[str, Column]:
         if b.params.get("index"):
-            return {_location(b.params["index"]): Column(progress, np.ones(len(progress), bool))}
+            known, at = np.ones(len(progress), bool), progress
+            if b.params.get("base"):
+                base = issued.at(_location(b.params["base"]))
+                known, at = base.known, base.value + progress
+            return {_location(b.params["index"]): Column(at, known)}
         out: dict[str, Column] = {}
         for name, step in b.params.get("advance", {}).items():
             col = issued.at(_location(name))
