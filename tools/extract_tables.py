@@ -148,7 +148,9 @@ def _banner(what: str, git: Git, newest: Release) -> str:
 
 def releases_toml(git: Git, releases: list[Release]) -> str:
     lines = [
-        _banner("every release of Xen that xtrace knows, in version order; date is that of the commit", git, releases[-1]),
+        _banner(
+            "every release of Xen that xtrace knows, in version order; date is that of the commit", git, releases[-1]
+        ),
         "# There are no release tags between 3.0.0 and 4.0.0: the tags nearest to the release stand for 3.x.",
         "# `also` lists further tags of the same commit. 4.6.2 was never tagged.",
     ]
@@ -165,7 +167,9 @@ def releases_toml(git: Git, releases: list[Release]) -> str:
 #: A condition: True, False, or what is left open: ("sym", text), ("not", c), ("and", (c, …)), ("or", (c, …)).
 Cond = bool | tuple  # type: ignore[type-arg]
 
-_TOKEN = re.compile(r"\s*(?:(defined)\b\s*\(?\s*(\w+)\s*\)?|(&&|\|\||==|!=|<=|>=|[<>!()])|(0[xX][0-9a-fA-F]+|\d+)[uUlL]*|(\w+))")
+_TOKEN = re.compile(
+    r"\s*(?:(defined)\b\s*\(?\s*(\w+)\s*\)?|(&&|\|\||==|!=|<=|>=|[<>!()])|(0[xX][0-9a-fA-F]+|\d+)[uUlL]*|(\w+))"
+)
 
 
 def c_not(c: Cond) -> Cond:
@@ -343,7 +347,11 @@ def preprocess(text: str, known: dict[str, int | None]) -> list[tuple[str, Cond]
         if word in ("ifdef", "ifndef"):
             name = rest.split()[0]
             # a header's own include guard
-            cond: Cond = False if re.fullmatch(r"_*\w*_H_*", name) and name not in known else _evaluate(f"defined({name})", known)
+            cond: Cond = (
+                False
+                if re.fullmatch(r"_*\w*_H_*", name) and name not in known
+                else _evaluate(f"defined({name})", known)
+            )
             if word == "ifndef":
                 cond = c_not(cond)
             stack.append((cond, cond))
@@ -467,7 +475,9 @@ class Found:
     problem: str | None = None
 
 
-def asm_table(git: Git, tag: str, path: str, symbol: str, known: dict[str, int | None], arch_0: int | None) -> Found | None:
+def asm_table(
+    git: Git, tag: str, path: str, symbol: str, known: dict[str, int | None], arch_0: int | None
+) -> Found | None:
     """Read a table of .quad/.long lines."""
     text = git.show(tag, path)
     if text is None or f"ENTRY({symbol})" not in text:
@@ -662,7 +672,13 @@ def tables_toml(git: Git, releases: list[Release], verbose: bool) -> str:
                 if verbose and not any(handler.endswith(k) for k in mine[number]):
                     print(f"{r.tag}: {caller}: {number} {mine[number]} is {handler}", file=sys.stderr)
     first = {v: i for i, v in enumerate(spans.order)}
-    out = [_banner("hypercall numbers 0 to 63: their names, and the callers in whose hypercall table they are", git, releases[-1])]
+    out = [
+        _banner(
+            "hypercall numbers 0 to 63: their names, and the callers in whose hypercall table they are",
+            git,
+            releases[-1],
+        )
+    ]
     out += [
         "# hypercall: Xen's name without __HYPERVISOR_, and the releases whose public headers (xen/include/public) define it,",
         "#   as Xen itself sees them (newest interface version). Several names of one number stand in the order in which they",
@@ -867,7 +883,9 @@ def main() -> int:
     """Write (or with --check compare) the generated files; returns 1 if --check found a difference."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--xen-git", required=True, metavar="DIR", help="clone of Xen with all release tags")
-    parser.add_argument("--out", type=Path, default=ABI, metavar="DIR", help="where to write (default: xtrace/replay/abi)")
+    parser.add_argument(
+        "--out", type=Path, default=ABI, metavar="DIR", help="where to write (default: xtrace/replay/abi)"
+    )
     parser.add_argument("--only", default="releases,tables,numbers", metavar="NAMES", help="comma-separated file names")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
     parser.add_argument("--verbose", action="store_true", help="report handlers named unlike their hypercall")

@@ -29,6 +29,9 @@ __all__ = ("Input", "Options", "Replay", "Result", "SurfaceRow", "analyze", "eve
 
 Progress = Callable[[int, int], None]
 
+#: Continuations judged together; never changes a result.
+_JUDGE_ROWS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -50,7 +53,7 @@ class Options:
     callers: Mapping[int | None, str] = field(default_factory=dict)
     tsc_khz: int | None = None
     host_info: str | None = None
-    batch_rows: int = 1 << 20
+    batch_rows: int = 1 << 18
     keep_calls: bool = False
     progress: Progress | None = None
 
@@ -304,7 +307,8 @@ class _Run:
             self.roles[domid] = role
 
     def _stream(self, index: int, item: Input, source: Source, recording: Recording) -> None:
-        assert self.tally is not None
+        tally = self.tally
+        assert tally is not None
         assert self.targets is not None
         fill = CallerFill(
             everyone=self.options.callers.get(None),
@@ -312,18 +316,27 @@ class _Run:
         )
         stitcher = Stitcher(item.sources[-1], calls=self.calls)
         context = findings.Context(item.sources, self.targets.versions, self.targets.rollback, self.roles)
+        waiting: list[pl.DataFrame] = []
+
+        def judge(at_least: int) -> None:
+            # Judging has a cost for each kind of continuation: do it for many at a time.
+            if waiting and sum(map(len, waiting)) >= at_least:
+                rows = pl.concat(waiting).with_columns(input=pl.lit(index, dtype=pl.UInt32))
+                self.store.add(findings.judge_continuations(rows, context, tally))
+                waiting.clear()
+
         for batch in recording.batches():
             stitched = stitcher.feed(fill.fill(batch))
             self.seen.append(surface.collect(stitched.entries, index))
             if len(self.seen) > 64:
                 self.seen = [surface.merge(self.seen)]
-            if len(stitched.continuations):
-                rows = stitched.continuations.with_columns(input=pl.lit(index, dtype=pl.UInt32))
-                self.store.add(findings.judge_continuations(rows, context, self.tally))
+            waiting.append(stitched.continuations)
+            judge(_JUDGE_ROWS)
             if self.options.keep_calls:
                 self.tables.append(_call_rows(stitched.entries))
             if self.options.progress is not None and len(batch):
                 self.options.progress(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
+        judge(1)
         self.calls = stitcher.calls
         self.proved += stitcher.proved
         self.inferred += stitcher.inferred

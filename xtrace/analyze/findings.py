@@ -139,9 +139,7 @@ def _agree(sides: list[judging.Side], targets: list[str], role: str | None, cont
     blind = np.isin(sides[-1].decoded.status, surface.OPEN)
     if blind.any():
         # Unrecorded registers: judge the set of states that the source could have left (DESIGN §5).
-        breaks = any(
-            surface.undecided(s.release, s.caller, s.number, targets[:1])[targets[0]] for s in sides
-        )
+        breaks = any(surface.undecided(s.release, s.caller, s.number, targets[0]) for s in sides)
         outcome[blind] = outcomes.CODE["undecidable" if breaks else "resumes"]
     return _Result(targets, last, outcome, errno, harmless)
 

@@ -7,6 +7,7 @@ break if it were caught; so each hypercall and sub-operation seen is judged by a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -49,7 +50,9 @@ _PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *(
 
 def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
     """Count the calls of one batch of stitched entries of input ``index``."""
-    calls = entries.filter(pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry"))
+    calls = entries.select(
+        "domid", "caller", "op", "number", "arg0", "total", "offset", "kind", "reentry"
+    ).filter(pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry"))
     return (
         calls.with_columns(
             number=pl.coalesce("number", (pl.col("arg0") & 0xFFFFFFFF).cast(pl.Int64)).mul(
@@ -233,13 +236,10 @@ def continues(source: str, caller: str, op: int) -> bool:
     return call.status == "unknown" or call.never_operations is not None
 
 
-def undecided(source: str, caller: str, op: int, targets: list[str]) -> dict[str, bool]:
-    """Say for each target whether any state of a hypercall whose arguments were not recorded breaks there."""
-    out: dict[str, bool] = {}
-    for s in judge(source, caller, op, None, None, targets, "unknown"):
-        for t in s.targets:
-            out[t] = s.verdict != "safe"
-    return out
+@cache
+def undecided(source: str, caller: str, op: int, target: str) -> bool:
+    """Say whether any state of a hypercall whose arguments were not recorded breaks at ``target``."""
+    return any(s.verdict != "safe" for s in judge(source, caller, op, None, None, [target], "unknown"))
 
 
 #: Statuses of a decoded state for which the set of possible states is judged instead.

@@ -12,7 +12,7 @@ from xtrace.replay import facts
 from xtrace.replay import hypervisor as hv
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.reading import operations
-from xtrace.replay.states import States
+from xtrace.replay.states import States, nullable
 from xtrace.schema import ARGS
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Account:
             pl.lit(read.hypercall.name).alias("hypercall"),
             operations(read).alias("subop"),
             *(
-                pl.when(pl.Series(c.known)).then(pl.Series(c.value)).alias(n)
+                nullable(n, c.value, c.known)
                 for n, c in (("progress", read.progress), ("remaining", read.remaining), ("total", read.total))
             ),
             units.alias("unit"),

@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import polars as pl
 
-from xtrace.schema import EVENTS
+from xtrace.schema import CALLERS, EVENTS, KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import numpy.typing as npt
 
 __all__ = ("CallerFill",)
 
@@ -57,16 +60,16 @@ class CallerFill:
                 pl.when(pl.col("kind") == "hypercall").then(pl.lit(_PV)).when(pl.col("kind") == "vmmcall").then(pl.lit(_HVM))
             ).cast(EVENTS["caller"])
             out = out.with_columns(pl.coalesce("caller", by_kind).alias("caller"))
-            out = self._follow(out)
+            if not {c for _, c in self.used | _pairs(out)} <= {_PV}:
+                out = self._follow(out)
             out = out.with_columns(
                 pl.when(pl.col("kind").is_in(["subcall", "sample", "return"]))
                 .then(pl.coalesce("caller", pl.lit(_PV, dtype=EVENTS["caller"])))
                 .otherwise("caller")
                 .alias("caller")
             )
-            guessed = out.filter(open_ & pl.col("kind").is_in(["hypercall", "vmmcall", "subcall", "sample"]))
-            self.assumed |= _pairs(guessed)
-        self.used |= _pairs(out.filter(pl.col("kind").is_in(["hypercall", "vmmcall", "subcall", "sample"])))
+            self.assumed |= _pairs(out, open_.to_numpy())
+        self.used |= _pairs(out)
         return out
 
     def _follow(self, events: pl.DataFrame) -> pl.DataFrame:
@@ -94,5 +97,20 @@ class CallerFill:
         )
 
 
-def _pairs(rows: pl.DataFrame) -> set[tuple[int | None, str]]:
-    return set(rows.select("domid", pl.col("caller").cast(pl.String)).unique().iter_rows())
+def _pairs(rows: pl.DataFrame, some: npt.NDArray[np.bool_] | None = None) -> set[tuple[int | None, str]]:
+    """Return the (domid, caller) of the entries among the rows."""
+    kind = rows.get_column("kind").to_physical().to_numpy()
+    takes = np.isin(kind, [KINDS.index(k) for k in ("hypercall", "vmmcall", "subcall", "sample")])
+    if some is not None:
+        takes &= some
+    domid = rows.get_column("domid").cast(pl.UInt32).fill_null(0x10000).to_numpy()
+    caller = rows.get_column("caller").to_physical().fill_null(len(CALLERS)).to_numpy()
+    value = (domid.astype(np.uint64) << np.uint64(8) | caller.astype(np.uint64))[takes]
+    if not len(value):
+        return set()
+    starts = np.concatenate([[True], value[1:] != value[:-1]])
+    return {
+        (None if int(v) >> 8 == 0x10000 else int(v) >> 8, CALLERS[int(v) & 0xFF])
+        for v in np.unique(value[starts])
+        if int(v) & 0xFF < len(CALLERS)
+    }

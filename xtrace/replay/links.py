@@ -16,7 +16,7 @@ from xtrace.replay import hypervisor as hv
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.reading import MULTICALL, inner_states
 from xtrace.replay.states import States
-from xtrace.schema import KINDS
+from xtrace.schema import ARGS, KINDS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -70,10 +70,13 @@ def keys(table: pl.DataFrame) -> npt.NDArray[np.uint32]:
         pl.col("domid").cast(pl.UInt64) * (1 << 32) + pl.col("vcpu").cast(pl.UInt64)
     )
     wide = table.select(who.otherwise(pl.col("pcpu").fill_null(0).cast(pl.UInt64) + (1 << 62)))
-    value = wide.to_series().to_numpy()
+    return numbered(wide.to_series().to_numpy())
+
+
+def numbered(value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """Number the distinct values of a column that has long runs: their starts are sorted, not the rows."""
     if not len(value):
         return np.zeros(0, np.uint32)
-    # Runs are long: number their values, not the rows.
     starts = np.flatnonzero(np.concatenate([[True], value[1:] != value[:-1]]))
     _, ids = np.unique(value[starts], return_inverse=True)
     return np.repeat(ids.astype(np.uint32), np.diff(np.append(starts, len(value))))
@@ -82,6 +85,8 @@ def keys(table: pl.DataFrame) -> npt.NDArray[np.uint32]:
 def by_group(*columns: npt.NDArray[np.unsignedinteger]) -> Rows:
     """Return the rows ordered by group, rows of one group in time order (a stable sort on small integers)."""
     combined = np.zeros(len(columns[0]), np.uint64)
+    if all(not c.any() for c in columns):
+        return np.arange(len(combined))
     for c in columns:
         combined = combined * np.uint64(int(c.max(initial=0)) + 1) + c.astype(np.uint64)
     top = int(combined.max(initial=0))
@@ -138,11 +143,11 @@ def marks(source: str, table: pl.DataFrame, wanted: Mask) -> Marks:
     use = np.flatnonzero(wanted & recorded & np.isin(op, np.fromiter(facts.files(), np.uint32)))
     if not len(use):
         return out
-    caller = table.get_column("caller")
+    caller, narrow = table.get_column("caller"), table.select(*ARGS, "cut", "memory")
     group = (op[use].astype(np.uint32) << np.uint32(4)) | caller.to_physical().to_numpy()[use].astype(np.uint32)
     for value in np.unique(group):
         rows = use[group == value]
-        _mark(out, Hypervisor(source, str(caller[int(rows[0])])), int(value >> 4), rows, table[rows])
+        _mark(out, Hypervisor(source, str(caller[int(rows[0])])), int(value >> 4), rows, narrow[rows])
     return out
 
 
@@ -178,6 +183,7 @@ def _mark(out: Marks, xen: Hypervisor, number: int, rows: Rows, part: pl.DataFra
 
 def link(
     m: Marks,
+    rows: Rows,
     op: npt.NDArray[np.uint32],
     before: Rows,
     adjacent: Mask,
@@ -187,38 +193,40 @@ def link(
     """Say which entries continue the previous entry of the same hypercall on their vCPU.
 
     Args:
-        m: what the rows say by themselves.
-        op: hypercall numbers.
-        before: previous entry of the same hypercall on the same vCPU.
+        m: what all rows of the batch say by themselves.
+        rows: the entries to look at.
+        op: their hypercall numbers.
+        before: the previous entry of the same hypercall on the same vCPU of each; −1 is none.
         adjacent: no other hypercall but iret lies between.
         open_: nothing lies between that ends a call (a return, records lost, a TSC that stepped back).
         subs: sub-calls recorded in between.
     """
     p = np.maximum(before, 0)
-    ok = (before >= 0) & open_ & (m.kind > 0) & (m.kind == m.kind[p]) & (m.number == m.number[p])
-    both = m.known & m.known[p]
-    pointed = m.pointed & m.pointed[p]
-    down = both & (m.amount < m.amount[p])
-    level = both & (m.amount == m.amount[p])
-    flagged = ok & (m.kind == _FLAGGED) & m.marked & (down | level)
-    absolute = ok & (m.kind == _ABSOLUTE) & m.marked & both & (m.amount >= m.amount[p])
-    absolute &= ~pointed | (m.pointer == m.pointer[p])
-    done = np.where(both, m.amount[p] - m.amount, np.uint64(0))
-    moved = m.pointer - m.pointer[p]
-    fits = ~pointed | (moved == done * m.size)
-    relative = ok & (m.kind == _RELATIVE)
-    counted = relative & down & (done % m.stride == 0) & fits & (adjacent | pointed)
+    kind, amount, earlier = m.kind[rows], m.amount[rows], m.amount[p]
+    marked, size = m.marked[rows], m.size[rows]
+    ok = (before >= 0) & open_ & (kind == m.kind[p]) & (m.number[rows] == m.number[p])
+    both = m.known[rows] & m.known[p]
+    pointed = m.pointed[rows] & m.pointed[p]
+    moved = m.pointer[rows] - m.pointer[p]
+    down, level = both & (amount < earlier), both & (amount == earlier)
+    flagged = ok & (kind == _FLAGGED) & marked & (down | level)
+    absolute = ok & (kind == _ABSOLUTE) & marked & both & (amount >= earlier) & (~pointed | (moved == 0))
+    done = np.where(both, earlier - amount, np.uint64(0))
+    fits = ~pointed | (moved == done * size)
+    relative = ok & (kind == _RELATIVE)
+    counted = relative & down & (done % m.stride[rows] == 0) & fits & (adjacent | pointed)
     # set_trap_table has no count: the pointer alone moves, by at most the 256 entries of a table.
-    steps = np.where(m.size > 0, moved // np.maximum(m.size, np.uint64(1)), np.uint64(0))
-    bare = relative & ~m.known & pointed & adjacent & (steps > 0) & (steps <= 256) & (moved == steps * m.size)
+    steps = np.where(size > 0, moved // np.maximum(size, np.uint64(1)), np.uint64(0))
+    bare = relative & ~m.known[rows] & pointed & adjacent & (steps > 0) & (steps <= 256) & (moved == steps * size)
     # A multicall: what went away must be what was seen to run, the last of it perhaps preempted itself.
     ran = subs.astype(np.uint64)
     multi = relative & (op == MULTICALL)
     between = down & (ran == done)
-    inside = (down | level) & (ran == done + np.uint64(1)) & (m.amount[p] > 1)
+    inside = (down | level) & (ran == done + np.uint64(1)) & (earlier > 1)
     unseen = down & pointed & (ran == 0)
     counted = np.where(multi, relative & fits & (between | inside | unseen), counted)
-    return flagged | absolute | counted | (bare & ~multi)
+    out: Mask = flagged | absolute | counted | (bare & ~multi)
+    return out
 
 
 def is_iret(op: npt.NDArray[np.uint32]) -> Mask:

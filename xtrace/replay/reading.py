@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 
 from xtrace.replay import hypervisor as hv
-from xtrace.replay.states import Column, States
+from xtrace.replay.states import Column, States, nullable
 from xtrace.schema import INNER
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _home(name: str) -> str:
 
 
 def _series(column: Column) -> pl.Series:
-    return pl.select(pl.when(pl.Series(column.known)).then(pl.Series(column.value))).to_series()
+    return nullable("", column.value, column.known)
 
 
 def inner_states(

@@ -7,7 +7,7 @@ Values are uint64; beside every column stands a mask of what was recorded.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,9 +22,17 @@ if TYPE_CHECKING:
     U64 = npt.NDArray[np.uint64]
     Mask = npt.NDArray[np.bool_]
 
-__all__ = ("Column", "States")
+__all__ = ("Column", "States", "nullable")
 
 LOW32 = np.uint64(0xFFFFFFFF)
+
+
+def nullable(name: str, values: npt.NDArray[Any], known: Mask) -> pl.Series:
+    """Return a series with nulls where ``known`` is false (through Arrow: Polars takes a mask only value by value)."""
+    import polars as pl
+    import pyarrow as pa
+
+    return pl.Series(name, pl.from_arrow(pa.array(values, mask=~known)))
 
 
 @dataclass(frozen=True, slots=True)

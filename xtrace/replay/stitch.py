@@ -23,6 +23,7 @@ import polars as pl
 from xtrace.replay import links
 from xtrace.replay.links import CODE
 from xtrace.replay.reading import MULTICALL
+from xtrace.replay.states import nullable
 from xtrace.schema import ARGS, CONTINUATIONS, EVENTS, MEMORY, empty
 
 if TYPE_CHECKING:
@@ -80,41 +81,59 @@ class Stitcher:
 
     def feed(self, events: pl.DataFrame) -> Stitched:
         """Take one batch of events in time order; callers must be filled in where they can be assumed."""
-        lost = (events.get_column("kind") == "lost").cum_sum().cast(pl.UInt32) + self._epoch
-        self._epoch = int(lost[-1]) if len(lost) else self._epoch
-        rows = events.with_columns(lost.alias("epoch")).filter(pl.col("kind").is_in(_KINDS))
+        rows, lost = self._rows(events)
         old, names = len(self._tail), [*EVENTS.names(), "epoch"]
-        table = pl.concat([self._tail.select(names), rows.select(names)]) if old else rows.select(names)
+        table = pl.concat([self._tail.select(names), rows]) if old else rows
         kind = table.get_column("kind").to_physical().to_numpy()
         op = table.get_column("op").fill_null(0xFFFFFFFF).to_numpy()
         entry = (kind == CODE["hypercall"]) | (kind == CODE["vmmcall"])
-        sub, sample = kind == CODE["subcall"], kind == CODE["sample"]
+        sub, sample, ret = kind == CODE["subcall"], kind == CODE["sample"], kind == CODE["return"]
         key = links.keys(table)
         marks = links.marks(self.source, table, entry | sub | sample)
-        linked, start, multi, subs = self._links(table, old, key, op, entry, sub, kind == CODE["return"], marks)
+        linked, start, multi, subs = self._links(table, old, key, op, entry, sub, ret, marks)
         call = self._calls(old, entry, linked, start)
-        value = np.where(entry, np.arange(len(table)), -1)
-        owner, before = links.fill(value, entry | (kind == CODE["return"]), key)
-        owner = np.where(kind == CODE["return"], before, owner)
+        owner, before = links.fill(np.where(entry, np.arange(len(table)), -1), entry | ret, key)
+        owner = np.where(ret, before, owner)
         owner = np.where(sub & (op[np.maximum(owner, 0)] != MULTICALL), -1, owner)
         call = np.where(entry, call, np.where(owner >= 0, call[np.maximum(owner, 0)], -1))
         proved, inferred = _evidence(table, op, entry, sub, sample, marks, linked, owner, _resumed(sub, op, key, multi))
         proved[:old] = inferred[:old] = False
         self.proved += int(proved.sum())
         self.inferred += int(inferred.sum())
-        begin = np.where(entry, start, np.where(sample & (owner >= 0), start[np.maximum(owner, 0)], -1))
-        table = pl.concat([table, self._issued(table, old, begin, marks.marked)], how="horizontal").with_columns(
-            pl.when(pl.Series(call >= 0)).then(pl.Series(np.maximum(call, 0).astype(np.uint64))).alias("call"),
-            pl.Series("reentry", entry & linked),
-            pl.Series("marked", marks.marked),
-            pl.when(pl.Series(marks.number >= 0)).then(pl.Series(marks.number)).alias("number"),
-            pl.when(pl.Series(marks.totalled)).then(pl.Series(marks.total)).alias("total"),
+        self._epoch = lost
+        table = table.with_columns(
+            nullable("call", call.astype(np.uint64), call >= 0),
             pl.Series("subs", subs.astype(np.uint32)),
         )
-        evidence = pl.Series("evidence", np.where(proved, "proved", "inferred")).cast(CONTINUATIONS["evidence"])
-        continuations = table.with_columns(evidence).filter(pl.Series(proved | inferred)).select(CONTINUATIONS.names())
-        self._keep(table, key, op, entry, sub, kind, marks)
-        return Stitched(table[old:], continuations)
+        begin = np.where(entry, start, np.where(sample & (owner >= 0), start[np.maximum(owner, 0)], -1))
+        hit = np.flatnonzero(proved | inferred)
+        evidence = pl.Series("evidence", np.where(proved[hit], "proved", "inferred")).cast(CONTINUATIONS["evidence"])
+        continuations = pl.concat(
+            [table[hit], self._issued(table, old, begin[hit], marks.marked), evidence.to_frame()], how="horizontal"
+        ).select(CONTINUATIONS.names())
+        keep = self._keep(len(table), key, op, entry, sub, ret, marks)
+        tail = pl.concat([table[keep], self._issued(table, old, begin[keep], marks.marked)], how="horizontal")
+        self._tail = tail.select(_CARRIED.names())
+        entries = table[old:].with_columns(
+            pl.Series("reentry", (entry & linked)[old:]),
+            pl.Series("marked", marks.marked[old:]),
+            nullable("number", marks.number[old:], marks.number[old:] >= 0),
+            nullable("total", marks.total[old:], marks.totalled[old:]),
+        )
+        return Stitched(entries, continuations)
+
+    def _rows(self, events: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+        """Return the rows that take part, each with the number of losses before it, and that number at the end."""
+        kind = events.get_column("kind").to_physical().to_numpy()
+        lost = kind == CODE["lost"]
+        if lost.any():
+            epoch = (np.cumsum(lost) + self._epoch).astype(np.uint32)
+            last = int(epoch[-1])
+        else:
+            epoch, last = np.full(len(events), self._epoch, np.uint32), self._epoch
+        rows = events.with_columns(pl.Series("epoch", epoch))
+        takes = np.isin(kind, [CODE[k] for k in _KINDS])
+        return (rows if takes.all() else rows.filter(pl.Series(takes))), last
 
     def _links(
         self, table: pl.DataFrame, old: int, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], entry: Mask,
@@ -124,34 +143,30 @@ class Stitcher:
         n = len(table)
         some = np.flatnonzero(entry & (marks.kind > 0))
         slot = np.minimum(op, 64).astype(np.uint32)
-        before_some, ranked = links.previous(some, key, slot)
-        before = np.full(n, -1, np.intp)
-        before[some] = before_some
+        before, ranked = links.previous(some, key, slot)
         p = np.maximum(before, 0)
-        real = np.flatnonzero(entry & ~links.is_iret(op))
         neighbour = np.full(n, -1, np.intp)
+        real = np.flatnonzero(entry & ~links.is_iret(op))
         neighbour[real] = links.previous(real, key)[0]
-        order = links.by_group(key)
-        count = np.empty((2, n), np.int64)
-        count[0, order], count[1, order] = np.cumsum(sub[order]), np.cumsum(ret[order])
+        ran, returned = _counts(sub, key), _counts(ret, key)
         carried = np.zeros(n, np.int64)
         carried[:old] = self._tail.get_column("subs").fill_null(0).to_numpy()
-        subs = np.where(before >= 0, count[0] - count[0][p] + carried[p], 0)
+        subs = np.where(before >= 0, ran[0][some] - ran[0][p] + carried[p], 0)
         segment, epoch = (table.get_column(c).fill_null(0).to_numpy() for c in ("segment", "epoch"))
-        open_ = (segment == segment[p]) & (epoch == epoch[p]) & (count[1] == count[1][p])
-        linked = links.link(marks, op, before, neighbour == before, open_, subs)
-        linked[:old] = False
+        open_ = (segment[some] == segment[p]) & (epoch[some] == epoch[p]) & (returned[0][some] == returned[0][p])
+        hit = links.link(marks, some, op[some], before, neighbour[some] == before, open_, subs) & (some >= old)
+        linked = np.zeros(n, bool)
+        linked[some] = hit
         # 1: re-entered between two entries of the multicall; 2: its last sub-call was preempted and runs again.
-        done = np.where(linked, marks.amount[p] - marks.amount, 0).astype(np.int64)
-        multi = np.where(linked & (op == MULTICALL), np.where(subs == done + 1, 2, 1), 0).astype(np.int8)
+        done = (marks.amount[p] - marks.amount[some]).astype(np.int64)
+        multi = np.zeros(n, np.int8)
+        multi[some] = np.where(hit & (op[some] == MULTICALL), np.where(subs == done + 1, 2, 1), 0)
         start = np.arange(n)
         if len(ranked):
             at = np.maximum.accumulate(np.where(linked[ranked], 0, np.arange(len(ranked))))
             start[ranked] = ranked[at]
         # What each multicall row has seen run since, for the next batch.
-        last = np.full(int(key.max(initial=0)) + 1, 0, np.int64)
-        last[key[order]] = count[0][order]
-        return linked, start, multi, np.where(op == MULTICALL, last[key] - count[0] + carried, 0)
+        return linked, start, multi, np.where(op == MULTICALL, ran[1][key] - ran[0] + carried, 0)
 
     def _calls(self, old: int, entry: Mask, linked: Mask, start: Rows) -> npt.NDArray[np.int64]:
         """Number the logical calls in time order."""
@@ -163,40 +178,54 @@ class Stitcher:
         return np.where(entry, call[start], -1)
 
     def _issued(self, table: pl.DataFrame, old: int, begin: Rows, marked: Mask) -> pl.DataFrame:
-        """Return the call as first made for each row: its chain's first entry, unless that was a continuation already."""
-        own = table.select(
-            pl.col("seq").alias("issued_seq"),
-            *(pl.col(a).alias(f"issued_{a}") for a in ARGS),
-            pl.col("memory").alias("issued_memory"),
-        )
-        if old:
-            own = pl.concat([self._tail.select(list(_ISSUED)), own[old:]])
+        """Return the call as first made for some rows: their chain's first entry, unless that was a continuation already.
+
+        Args:
+            table: the batch behind the carried rows. old: how many of them are carried.
+            begin: first row of the chain of each row asked for; −1 is none.
+            marked: rows that are continuations by their own content.
+        """
         seen = (begin >= 0) & ((begin < old) | ~marked[np.maximum(begin, 0)])
-        index = pl.Series(np.where(seen, begin, -1))
-        return _gather(own, index)
+        chosen = nullable("", begin.astype(np.uint32), seen)
+        own = table.select(
+            pl.col("seq").gather(chosen).alias("issued_seq"),
+            *(pl.col(a).gather(chosen).alias(f"issued_{a}") for a in ARGS),
+            pl.col("memory").gather(chosen).alias("issued_memory"),
+        )
+        if not old:
+            return own
+        # A chain that began in an earlier batch: what was carried says how.
+        before = nullable("", np.minimum(begin, old - 1).astype(np.uint32), seen & (begin < old))
+        earlier = self._tail.select(pl.col(list(_ISSUED)).gather(before))
+        mask = pl.Series(begin < old)
+        return pl.select(
+            *(pl.when(mask).then(earlier.get_column(c)).otherwise(own.get_column(c)).alias(c) for c in _ISSUED)
+        )
 
     def _keep(
-        self, table: pl.DataFrame, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], entry: Mask, sub: Mask,
-        kind: npt.NDArray[np.uint8], marks: Marks,
-    ) -> None:  # fmt: skip
-        """Remember the last rows of every vCPU that a later row may be compared with."""
-        keep = np.zeros(len(table), bool)
+        self, n: int, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], entry: Mask, sub: Mask, ret: Mask, marks: Marks
+    ) -> Rows:
+        """Choose the last rows of every vCPU that a later row may be compared with."""
+        keep = np.zeros(n, bool)
         slot = np.minimum(op, 64).astype(np.uint32)
-        for rows in (
-            np.flatnonzero(entry & ~links.is_iret(op)),
-            np.flatnonzero(entry | (kind == CODE["return"])),
-            np.flatnonzero(sub),
-        ):
+        for rows in (np.flatnonzero(entry & ~links.is_iret(op)), np.flatnonzero(entry | ret), np.flatnonzero(sub)):
             keep[rows[_last(key[rows])]] = True
         rows = np.flatnonzero(entry & (marks.kind > 0))
         keep[rows[_last(key[rows], slot[rows])]] = True
-        self._tail = table.filter(pl.Series(keep)).select(_CARRIED.names())
+        return np.flatnonzero(keep)
 
 
-def _gather(frame: pl.DataFrame, index: pl.Series) -> pl.DataFrame:
-    """Take rows by number; −1 gives a row of nulls."""
-    chosen = index.set(index < 0, None).cast(pl.UInt32)
-    return frame.select(pl.all().gather(pl.lit(chosen)))
+def _counts(mark: Mask, key: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return how many marked rows each row has before it in its key, itself included, and the sum for each key."""
+    n, keys = len(mark), int(key.max(initial=0)) + 1
+    if not mark.any():
+        return np.zeros(n, np.int64), np.zeros(keys, np.int64)
+    order = links.by_group(key)
+    count = np.empty(n, np.int64)
+    count[order] = np.cumsum(mark[order])
+    last = np.zeros(keys, np.int64)
+    last[key[order]] = count[order]
+    return count, last
 
 
 def _last(*group: npt.NDArray[np.uint32]) -> Rows:
