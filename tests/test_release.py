@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -234,3 +238,64 @@ def test_folded_text_reads_back(versions: set[str], whole: bool) -> None:
     back = [v for text in folded for v in release.parse(text).versions]
     assert back == sorted(versions, key=release.index)
     assert all(release.parse(text).exact for text in folded)
+
+
+# ── the generated tables ─────────────────────────────────────────────────────────────────────────────────────────────
+
+ABI = Path(release.__file__).parent / "replay" / "abi"
+
+
+def table(name: str) -> dict[str, list[dict[str, Any]]]:
+    return tomllib.loads((ABI / name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("tables.toml", ("hypercall", "present", "table")), ("numbers.toml", ("constant", "interface"))]
+)
+def test_generated_tables_hold_only_known_releases_in_their_shortest_form(name: str, keys: tuple[str, ...]) -> None:
+    doc = table(name)
+    assert doc["unknown"] == []
+    for row in (row for key in keys for row in doc[key]):
+        assert release.spans(release.expand(row["releases"])) == row["releases"], row
+
+
+def test_a_number_is_present_at_most_once_for_a_caller_and_release() -> None:
+    doc = table("tables.toml")
+    read = {(t["caller"], v) for t in doc["table"] for v in release.expand(t["releases"])}
+    seen: set[tuple[str, str, int]] = set()
+    for row in doc["present"]:
+        for caller, version in itertools.product(row["callers"], release.expand(row["releases"])):
+            assert (caller, version, row["number"]) not in seen
+            assert (caller, version) in read
+            seen.add((caller, version, row["number"]))
+    # facts that were looked up in Xen by hand
+    for caller, version, number, there in [
+        ("pv32", "4.7.6", 25, False),  # compat_ni_hypercall; one table for both from 4.8
+        ("pv32", "4.8.0", 25, True),
+        ("hvm64", "4.15.0", 13, False),
+        ("hvm64", "4.15.1", 13, True),
+        ("hvm64", "4.13.0", 21, False),
+        ("hvm64", "4.12.3", 21, True),
+        ("pv64", "4.3.3", 49, False),
+        ("pv64", "4.3.4", 49, True),
+        ("pv64", "4.4.1", 49, False),
+        ("hvm32", "3.3.0", 24, False),
+        ("hvm32", "3.4.0", 24, True),
+        ("pvh64", "4.4.0", 26, True),
+        ("pv64", "4.22.0", 31, False),
+        ("hvm64", "4.17.0", 40, True),
+        ("pv64", "4.9.0", 41, True),
+    ]:
+        assert ((caller, version, number) in seen) == there, (caller, version, number)
+
+
+def test_a_constant_has_one_number_in_a_release() -> None:
+    seen: dict[tuple[str, str], int] = {}
+    for row in table("numbers.toml")["constant"]:
+        for version in release.expand(row["releases"]):
+            assert seen.setdefault((row["name"], version), row["number"]) == row["number"]
+    assert seen["KEXEC_CMD_kexec_load", "4.3.4"] == 1
+    assert seen["KEXEC_CMD_kexec_load", "4.4.0"] == 4
+    assert seen["XENMEM_exchange", "3.3.0"] == 11
+    assert ("XENMEM_get_pod_target", "3.3.0") not in seen
+    assert seen["XENMEM_get_pod_target", "3.4.0"] == 17

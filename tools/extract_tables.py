@@ -10,9 +10,9 @@ DIR is a clone (bare or not) of Xen with all tags. Needs Python 3.11 and git, no
 ``tables.toml``     hypercall numbers: names in the public header, and who finds them in its hypercall table
 ``numbers.toml``    sub-operation numbers and interface versions of the public headers
 
-Nothing is guessed. A line of a hypercall table that the parser does not understand makes that whole table ``unknown`` for
-that release; a constant whose value is not a plain number after the preprocessor conditions are settled is listed as
-``unknown`` too. Conditions that depend on how Xen was configured (``CONFIG_X``) are kept as text.
+Nothing is guessed. A line of a hypercall table that the parser does not understand makes that whole table ``unknown``
+for that release; a constant whose value is not a plain number after the preprocessor conditions are settled is listed
+as ``unknown`` too. Conditions that depend on how Xen was configured (``CONFIG_X``) are kept as text.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def releases_toml(git: Git, releases: list[Release]) -> str:
             "every release of Xen that xtrace knows, in version order; date is that of the commit", git, releases[-1]
         ),
         "# There are no release tags between 3.0.0 and 4.0.0: the tags nearest to the release stand for 3.x.",
-        "# `also` lists further tags of the same commit. 4.6.2 was never tagged.",
+        "# `also` lists further tags of the same commit. There is no tag for 4.6.2.",
     ]
     for r in releases:
         lines += ["", "[[release]]", f'version = "{r.version}"', f'tag = "{r.tag}"', f'commit = "{r.commit}"']
@@ -680,14 +680,15 @@ def tables_toml(git: Git, releases: list[Release], verbose: bool) -> str:
         )
     ]
     out += [
-        "# hypercall: Xen's name without __HYPERVISOR_, and the releases whose public headers (xen/include/public) define it,",
-        "#   as Xen itself sees them (newest interface version). Several names of one number stand in the order in which they",
-        "#   came; the last one is today's. Numbers that no header names are left out. paging_domctl_cont is Xen's own name",
-        "#   for arch_1 (xen/arch/x86/include/asm/hypercall.h).",
-        "# present: the number is in that caller's hypercall table, with a handler of its own (not do_ni_hypercall, not Arm's",
-        "#   do_deprecated_hypercall). condition: only if Xen was configured so. A handler may still refuse everything.",
-        "# table: where each caller's table was read. Not present in a release listed here = absent there. A release listed",
-        "#   neither here nor under unknown has no such caller or no hypercall table for it.",
+        "# hypercall: Xen's name without __HYPERVISOR_, and the releases whose public headers (xen/include/public)",
+        "#   define it, as Xen itself sees them (newest interface version). Several names of one number stand in the",
+        "#   order in which they came; the last one is today's. Numbers that no header names are left out.",
+        "#   paging_domctl_cont is Xen's own name for arch_1 (xen/arch/x86/include/asm/hypercall.h).",
+        "# present: the number is in that caller's hypercall table with a handler of its own (not do_ni_hypercall, not",
+        "#   Arm's do_deprecated_hypercall). condition: only if Xen was configured so. A handler may still refuse all.",
+        "# table: where each caller's table was read. Not present in a release listed here = absent there. A release",
+        "#   listed neither here nor under unknown has no such caller or no hypercall table for it.",
+        "# unknown: the script could not read that caller's table; nothing is said about it there.",
         "# pv32 and hvm32 are 32-bit callers of a 64-bit Xen; *_on_x86_32 are those of a 32-bit Xen (none after 4.2).",
         "",
         "hypercall = [",
@@ -847,16 +848,16 @@ def numbers_toml(git: Git, releases: list[Release]) -> str:
         print(f"note: {clash}", file=sys.stderr)
     out = [_banner("sub-operation numbers and interface versions in Xen's public headers", git, releases[-1])]
     out += [
-        "# constant: as Xen itself sees it (newest interface version); a renumbered constant has two rows. That a header",
-        "#   defines a number does not say that any caller's handler implements it.",
+        "# constant: as Xen itself sees it (newest interface version); a renumbered constant has two rows. That a",
+        "#   header defines a number does not say that any caller's handler implements it.",
         "# interface: the version that a caller of that hypercall must state.",
-        "# family: which constants (by prefix, the longest that fits) belong to which hypercall; of: they are the commands of",
-        "#   that one sub-operation. header: below xen/include/public, at each of the tags in releases.toml.",
+        "# family: which constants (by prefix, the longest that fits) belong to which hypercall; of: they are the",
+        "#   commands of that one sub-operation. header: below xen/include/public, at each tag of releases.toml.",
         "# unknown: the script could not tell the number.",
         "",
         "constant = [",
     ]
-    for (i, name, number), versions in sorted(
+    for (_, name, number), versions in sorted(
         rows.items(), key=lambda kv: (kv[0][0], kv[0][2], min(first[v] for v in kv[1]), kv[0][1])
     ):
         out.append(f'  {{ name = "{name}", number = {number}, releases = {_strings(spans.fold(versions))} }},')

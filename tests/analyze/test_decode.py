@@ -61,6 +61,24 @@ def test_hvmop_4_5_to_4_4(name: str) -> None:
     assert (a["outcome"], a["errno"]) == ("refused", "-ENOSYS")
 
 
+def test_hvmop_4_4_to_4_5() -> None:
+    """set_mem_type goes on from the advanced structure; modified_memory's structure was re-laid in between."""
+    structure = ["--mem", "domid=3", "--mem", "first_pfn=0x1200", "--mem", "nr=512"]
+    common = ["--from", "4.4.4", "--to", "4.5.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op"]
+    a = decode(*common, "8", "0x7ffe0000", *structure)
+    assert (a["outcome"], a["source_decode"]["subop"]) == ("resumes", "HVMOP_set_mem_type")
+    assert a["caveats"] == ["domids"]
+    a = decode(*common, "7", "0x7ffe0000", *structure)
+    assert (a["outcome"], a["errno"], a["source_decode"]["subop"]) == ("refused", "-EINVAL", "HVMOP_modified_memory")
+
+
+def test_hvmop_gone() -> None:
+    a = decode("--from", "4.8.0", "--to", "4.9.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", "8", "0x7ffe0000")
+    assert (a["outcome"], a["errno"]) == ("absent", "-ENOSYS")
+    a = decode("--from", "4.8.0", "--to", "4.9.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", "0x108", "0x7ffe0000")
+    assert (a["outcome"], a["errno"]) == ("refused", "-ENOSYS")
+
+
 def test_inside_a_multicall() -> None:
     line = {
         "id": 7, "caller": "pv64", "source": "3.3.0", "target": "3.4.0", "op": "multicall", "args": ["0x1000", 3],

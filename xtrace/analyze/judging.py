@@ -58,8 +58,10 @@ class Side:
             for location, value in b.domids_unless:
                 column = self.states.at(location)
                 low = column.value & np.uint64(0xFFFF)
-                hit = (self.decoded.which == k) & column.known & (low != np.uint64(value)) & (self.decoded.special < 0)
-                out[hit] = outcomes.CAVEATS.code(tuple(dict.fromkeys((*b.caveats, "domids"))))
+                told = (self.decoded.which == k) & column.known & (self.decoded.special < 0)
+                itself = low == np.uint64(value)
+                out[told & ~itself] = outcomes.CAVEATS.code(tuple(dict.fromkeys((*b.caveats, "domids"))))
+                out[told & itself] = outcomes.CAVEATS.code(tuple(c for c in b.caveats if c != "domids"))
         for _, rows, side in self.inner:
             pairs, back = np.unique(np.stack([out[rows], side.caveats()]), axis=1, return_inverse=True)
             merged = [tuple(dict.fromkeys((*outcomes.CAVEATS[a], *outcomes.CAVEATS[b]))) for a, b in pairs.T]

@@ -93,7 +93,13 @@ def judge(source: Decoded, target: Resumed) -> Verdicts:
     # An errno goes with an outcome only where the call really ends with it.
     shown = np.isin(outcome, (CODE["absent"], CODE["misdirected"], CODE["refused"]))
     codes = np.array([*(ERRNOS.code(e) for e in target.errnos), 0], np.int16)
-    return Verdicts(outcome, np.where(shown, codes[target.errno], np.int16(0)), harmless)
+    errno = np.where(shown, codes[target.errno], np.int16(0))
+    for a, b in pairs.T:
+        before, after = source.behaviours[a], t.behaviours[b]
+        if before.operation == after.operation and before.params.get("layout") != after.params.get("layout"):
+            rows = left & (source.which == a) & (t.which == b) & (errno == 0) & (outcome == CODE["refused"])
+            errno[rows] = ERRNOS.code(after.params.get("other_layout"))
+    return Verdicts(outcome, errno, harmless)
 
 
 def _inside(
@@ -153,6 +159,9 @@ def _pair(
     if a.checks != b.checks:
         outcome[target.doubt[rows]] = CODE["undecidable"]
     disposition = target.disposition[rows]
+    if a.params.get("layout") != b.params.get("layout"):
+        # The structure itself was re-laid: the target reads its fields at other offsets (hvm_op, e8b87b57b4df).
+        outcome[:] = CODE["refused" if str(b.params.get("other_layout", "")).startswith("-E") else "wrong_result"]
     outcome[(disposition == hv.REFUSED) & (outcome != CODE["misdirected"])] = CODE["refused"]
     # It returns what it was given although something is left: a limit of the target stops it, without an errno.
     left = t.total.take(rows)

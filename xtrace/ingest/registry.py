@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ("BUILTIN", "detect", "names", "reader")
 
-#: Name of a format (its reader's ``name``) -> the module that reads it. Where two are equally sure of a file, the earlier one gets it.
+#: Name of a format (its reader's ``name``) -> the module that reads it. Where two are equally sure of a file, the
+#: earlier one gets it.
 BUILTIN: Final[dict[str, str]] = {
     "xentrace": "xtrace.ingest.xentrace",
     "xtrace-log": "xtrace.ingest.xtrace_log",
