@@ -134,7 +134,8 @@ def find_sidecar(trace: str | os.PathLike[str]) -> Path | None:
         return None
     path = Path(trace).absolute()
     beside = [path.name] + ([path.stem] if path.suffix in _COMPRESSED else [])
-    candidates = [path.with_name(name + _SUFFIX) for name in beside]
+    # "/" has no name; what is wrong with it is said where it is opened.
+    candidates = [path.with_name(name + _SUFFIX) for name in beside if name]
     candidates += [folder / _FOLDER_FILE for folder in path.parents]
     return next((c for c in candidates if c.is_file()), None)
 

@@ -13,8 +13,6 @@ from xtrace.replay import hypervisor as hv
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.reading import operations
 from xtrace.replay.states import States, nullable
-from xtrace.schema import ARGS
-
 if TYPE_CHECKING:
     from xtrace.replay.stitch import Stitched
 
@@ -76,14 +74,23 @@ class Account:
         rows = stitched.entries.filter(pl.col("kind") != "return").with_row_index("_row")
         evidence = stitched.continuations.select("seq", pl.col("evidence").cast(pl.String).alias("continuation"))
         issued = stitched.continuations.select("seq", "^issued_.*$")
+        returned = (
+            stitched.entries.filter(pl.col("kind") == "return")
+            .select("call", pl.col("result").alias("returned"))
+            .drop_nulls()
+            .unique("call", keep="last")
+        )
+        rows = rows.join(returned, on="call", how="left", maintain_order="left").join(
+            evidence, on="seq", how="left", maintain_order="left"
+        )
         parts = []
         for (op, caller), part in rows.group_by("op", "caller", maintain_order=True):
             if op is not None:
-                parts.append(self._part(part.join(issued, on="seq", how="left", suffix="_c", maintain_order="left"),
+                parts.append(self._part(part.join(issued, on="seq", how="left", maintain_order="left"),
                                         int(str(op)), str(caller)))  # fmt: skip
         if not parts:
             return pl.DataFrame(schema=ACCOUNT)
-        out = pl.concat(parts).sort("_row").join(evidence, on="seq", how="left", maintain_order="left")
+        out = pl.concat(parts).sort("_row")
         for name, n in out.group_by("status").len().iter_rows():
             self.counts[name] = self.counts.get(name, 0) + n
         return out.select(ACCOUNT.names()).cast(ACCOUNT)  # type: ignore[arg-type]
@@ -91,14 +98,12 @@ class Account:
     def _part(self, part: pl.DataFrame, op: int, caller: str) -> pl.DataFrame:
         xen = Hypervisor(self.release, caller)
         states = States.from_frame(part)
-        own = part.select(*(pl.coalesce(f"issued_{a}_c", f"issued_{a}").alias(f"issued_{a}") for a in ARGS),
-                          pl.coalesce("issued_memory_c", "issued_memory").alias("issued_memory"))  # fmt: skip
-        issued = States.from_frame(own, prefix="issued_")
+        issued = States.from_frame(part, prefix="issued_")
         read = xen.decode(op, states, issued)
         which = np.where(read.which >= 0, read.which, len(read.behaviours))
         units = pl.Series([*(b.unit for b in read.behaviours), None], dtype=pl.String).gather(which)
         frame = part.select("_row", "seq", "offset", "line", "tsc", "domid", "vcpu", pl.col("caller").cast(pl.String),
-                            pl.col("kind").cast(pl.String), "op", "call").with_columns(
+                            pl.col("kind").cast(pl.String), "op", "call", "continuation").with_columns(
             pl.lit(read.hypercall.name).alias("hypercall"),
             operations(read).alias("subop"),
             *(
@@ -116,7 +121,11 @@ class Account:
     ) -> None:
         """Keep the earliest row that cannot be explained."""
         name = facts.hypercall_names().get(op, str(op))
-        bad = np.isin(read.status, (hv.ABSENT, hv.UNMATCHED))
+        # A call of something that the release does not have is explained: it fails. A continuation of it, or one that
+        # succeeded, is not.
+        bad = np.isin(read.status, (hv.ABSENT, hv.UNMATCHED)) & part.select(
+            pl.col("continuation").is_not_null() | (pl.col("returned") >= 0).fill_null(False)
+        ).to_series().to_numpy()
         if read.hypercall.status == "absent":
             self._note(part, bad, f"{name} is called", f"{name} is not in the {xen.caller} hypercall table of {self.release}")
         else:
@@ -127,7 +136,7 @@ class Account:
         self._note(part, back, f"{name} with progress beyond its total", "progress between 0 and the total")
         # What Xen left must be what the model leaves for the same call and the same progress.
         begun = issued.args[0].known | issued.args[1].known
-        rows = np.flatnonzero(begun & (read.status == hv.MODELLED) & read.progress.known & (read.special < 0) & read.marked)
+        rows = np.flatnonzero(begun & (read.status == hv.MODELLED) & read.progress.known & (read.special < 0))
         if not len(rows):
             return
         left = xen.preempt(op, issued.take(rows), read.progress.value[rows])

@@ -164,6 +164,7 @@ class Behaviour:
     order_when: str | None = None
     inner: str | None = None  # location of a sub-operation number inside the structure
     inner_operations: Mapping[int, str] = field(default_factory=dict)
+    inner_continues: tuple[str, ...] | None = None  # those of them that the codec is for; null: all
     inner_unmatched: str = "-ENOSYS"
     domids_unless: tuple[tuple[str, int], ...] = ()  # the caveat domids holds unless all of these hold
     ident: tuple[Any, ...] = field(compare=False, repr=False, default=())
@@ -463,6 +464,7 @@ def _behaviour(op: Mapping[str, Any], row: Mapping[str, Any], caller: str, ident
         order_when=row.get("order_when"),
         inner=row["inner"] if isinstance(row.get("inner"), str) else None,
         inner_operations={int(k): str(v) for k, v in row.get("inner_operations", {}).items()},
+        inner_continues=tuple(row["inner_continues"]) if "inner_continues" in row else None,
         inner_unmatched=str(row.get("inner_unmatched", "-ENOSYS")),
         domids_unless=tuple(sorted((k, int(v)) for k, v in row.get("domids_unless", {}).items())),
         ident=ident,

@@ -191,12 +191,10 @@ class Hypervisor:
             part = states.take(rows)
             first = None if issued is None else issued.take(rows)
             read = codec(b.codec).decode(b, part, first)
-            if b.continues_when is not None:
-                # Known not to be a kind that continues: bits and fields mean nothing to it.
-                idle = _fails(b.continues_when, part)
-                if idle.any():
-                    plain = CODECS["none"].decode(b, part, first)
-                    read = _choose(idle, plain, read)
+            # Known not to be a kind that continues: bits and fields mean nothing to it.
+            idle = _idle(b, part)
+            if idle.any():
+                read = _choose(idle, CODECS["none"].decode(b, part, first), read)
             for column, got in ((index, read.index), (progress, read.progress), (remaining, read.remaining),
                                 (total, read.total)):  # fmt: skip
                 column.value[rows], column.known[rows] = got.value, got.known
@@ -327,6 +325,18 @@ def _matches(form: Special, s: States) -> Mask:
         column = s.at(location)
         fits &= ~column.known | (column.value >= np.uint64(value))
     return fits & told
+
+
+def _idle(b: Behaviour, s: States) -> Mask:
+    """Return the rows of which it is known that they are of a kind that does not continue."""
+    idle = np.zeros(len(s), bool)
+    if b.continues_when is not None:
+        idle |= _fails(b.continues_when, s)
+    if b.inner is not None and b.inner_continues is not None:
+        inside = s.at(b.inner)
+        numbers = [n for n, name in b.inner_operations.items() if name in b.inner_continues]
+        idle |= inside.known & ~np.isin(inside.value, np.array(numbers, np.uint64))
+    return idle
 
 
 def _fails(c: Check, s: States) -> Mask:
