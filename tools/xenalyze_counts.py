@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from xtrace.ingest.source import Source  # noqa: E402
+from xtrace.ingest.source import Source
 
 _WHO = r"(d(?:\d+|\?)v(?:\d+|\?))"
 _NAMED = re.compile(rf"^[ !\]].*? {_WHO}( ?) (hypercall|vmcall) +([0-9a-f]+)(?: |$)")

@@ -478,7 +478,9 @@ def _possible(path: str | os.PathLike[str], observed: Observed) -> tuple[tuple[s
     """Return the releases that the record layouts of a trace leave possible."""
     versions = identify.possible(observed.event_ids)
     if not versions:
-        raise InputError(str(path), "its records contradict each other: no one release writes all of them", exit_bits=16)
+        raise InputError(
+            str(path), "its records contradict each other: no one release writes all of them", exit_bits=16
+        )
     # What no fact file speaks about cannot be judged at all; a source that is only possible is not worth an "unknown".
     modelled = tuple(v for v in versions if v in facts.modelled_releases())
     return modelled or versions, f"record layout {observed.layout or 'of no era of its own'}"

@@ -11,7 +11,9 @@ import pytest
 
 
 def xtrace(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "xtrace", *args], capture_output=True, text=True, input=stdin, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "xtrace", *args], capture_output=True, text=True, input=stdin, timeout=120
+    )
 
 
 def decode(*args: str) -> dict[str, Any]:
@@ -23,21 +25,53 @@ def decode(*args: str) -> dict[str, Any]:
 
 
 def test_worked_example_forward() -> None:
-    a = decode("--from", "3.3.0", "--to", "3.4.0", "--caller", "pv64", "memory_op", "0x51", "0x7ffe0000", "--mem", "nr_extents=64")
+    a = decode(
+        "--from",
+        "3.3.0",
+        "--to",
+        "3.4.0",
+        "--caller",
+        "pv64",
+        "memory_op",
+        "0x51",
+        "0x7ffe0000",
+        "--mem",
+        "nr_extents=64",
+    )
     assert (a["outcome"], a["errno"], a["code"], a["exit"]) == ("misdirected", "-EINVAL", "XT001", 8)
     s, t = a["source_decode"], a["target_decode"]
-    assert (s["subop"], s["progress"], s["remaining"], s["total"], s["unit"]) == ("XENMEM_decrease_reservation", 5, 59, 64, "extents")
+    assert (s["subop"], s["progress"], s["remaining"], s["total"], s["unit"]) == (
+        "XENMEM_decrease_reservation",
+        5,
+        59,
+        64,
+        "extents",
+    )
     assert (t["subop"], t["progress"]) == ("XENMEM_get_pod_target", 1)
 
 
 def test_worked_example_privileged() -> None:
-    a = decode("--from", "3.3.0", "--to", "3.4.0", "--caller", "pv64", "--issuer", "control", "memory_op", "0x51", "0x7ffe0000")
+    a = decode(
+        "--from", "3.3.0", "--to", "3.4.0", "--caller", "pv64", "--issuer", "control", "memory_op", "0x51", "0x7ffe0000"
+    )
     # A privileged caller is not stopped: the structure is read as another, and no errno must follow.
     assert (a["outcome"], a["errno"]) == ("misdirected", None)
 
 
 def test_worked_example_back() -> None:
-    a = decode("--from", "3.4.0", "--to", "3.3.0", "--caller", "pv64", "memory_op", "0x141", "0x7ffe0000", "--mem", "nr_extents=64")
+    a = decode(
+        "--from",
+        "3.4.0",
+        "--to",
+        "3.3.0",
+        "--caller",
+        "pv64",
+        "memory_op",
+        "0x141",
+        "0x7ffe0000",
+        "--mem",
+        "nr_extents=64",
+    )
     assert (a["outcome"], a["errno"], a["exit"]) == ("skips", None, 8)
     assert a["target_decode"]["progress"] - a["source_decode"]["progress"] == 15
 
@@ -47,7 +81,21 @@ def test_add_to_physmap_4_3_to_4_4() -> None:
     a = decode("--from", "4.3.0", "--to", "4.4.0", "--caller", "hvm64", "memory_op", "7", "0x7ffe0000", *structure)
     # 4.3 moved the structure on; 4.4 goes on with what the structure says.
     assert a["outcome"] == "resumes"
-    a = decode("--from", "4.4.0", "--to", "4.3.0", "--caller", "hvm64", "memory_op", "0x407", "0x7ffe0000", "--mem", "space=3", "--mem", "size=64")
+    a = decode(
+        "--from",
+        "4.4.0",
+        "--to",
+        "4.3.0",
+        "--caller",
+        "hvm64",
+        "memory_op",
+        "0x407",
+        "0x7ffe0000",
+        "--mem",
+        "space=3",
+        "--mem",
+        "size=64",
+    )
     assert (a["outcome"], a["harmless"], a["source_decode"]["progress"]) == ("restarts", False, 16)
     assert a["target_decode"]["progress"] == 0
 
@@ -55,7 +103,21 @@ def test_add_to_physmap_4_3_to_4_4() -> None:
 @pytest.mark.parametrize("name", ["modified_memory", "set_mem_type"])
 def test_hvmop_4_5_to_4_4(name: str) -> None:
     number = {"modified_memory": 7, "set_mem_type": 8}[name]
-    a = decode("--from", "4.5.0", "--to", "4.4.4", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", hex(number | 0x100), "0x7ffe0000", "--mem", "nr=1024")
+    a = decode(
+        "--from",
+        "4.5.0",
+        "--to",
+        "4.4.4",
+        "--caller",
+        "hvm64",
+        "--issuer",
+        "device_model",
+        "hvm_op",
+        hex(number | 0x100),
+        "0x7ffe0000",
+        "--mem",
+        "nr=1024",
+    )
     assert a["source_decode"]["subop"] == f"HVMOP_{name}"
     assert a["source_decode"]["progress"] == 256
     assert (a["outcome"], a["errno"]) == ("refused", "-ENOSYS")
@@ -73,9 +135,23 @@ def test_hvmop_4_4_to_4_5() -> None:
 
 
 def test_hvmop_gone() -> None:
-    a = decode("--from", "4.8.0", "--to", "4.9.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", "8", "0x7ffe0000")
+    a = decode(
+        "--from", "4.8.0", "--to", "4.9.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", "8", "0x7ffe0000"
+    )
     assert (a["outcome"], a["errno"]) == ("absent", "-ENOSYS")
-    a = decode("--from", "4.8.0", "--to", "4.9.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", "0x108", "0x7ffe0000")
+    a = decode(
+        "--from",
+        "4.8.0",
+        "--to",
+        "4.9.0",
+        "--caller",
+        "hvm64",
+        "--issuer",
+        "device_model",
+        "hvm_op",
+        "0x108",
+        "0x7ffe0000",
+    )
     assert (a["outcome"], a["errno"]) == ("refused", "-ENOSYS")
 
 

@@ -45,14 +45,19 @@ def slow_decode(version: str, caller: str, op: int, args: list[int | None]) -> t
 
 
 word = st.one_of(
-    st.integers(0, 0xFFF), st.integers(0, (1 << 64) - 1), st.builds(lambda b, n: b << 6 | n, st.integers(0, 300), st.integers(0, 63))
+    st.integers(0, 0xFFF),
+    st.integers(0, (1 << 64) - 1),
+    st.builds(lambda b, n: b << 6 | n, st.integers(0, 300), st.integers(0, 63)),
 )
 registers = st.lists(st.one_of(st.none(), word), min_size=6, max_size=6)
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(RELEASES), st.sampled_from(CALLERS), st.sampled_from(sorted(facts.files())), st.lists(registers, min_size=1, max_size=8)
+    st.sampled_from(RELEASES),
+    st.sampled_from(CALLERS),
+    st.sampled_from(sorted(facts.files())),
+    st.lists(registers, min_size=1, max_size=8),
 )
 def test_vectorised_equals_reference(version: str, caller: str, op: int, states: list[list[int | None]]) -> None:
     read = Hypervisor(version, caller).decode(op, States.of(states))
@@ -67,7 +72,10 @@ def test_vectorised_equals_reference(version: str, caller: str, op: int, states:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.sampled_from(RELEASES), st.sampled_from(CALLERS), st.sampled_from(sorted(facts.files())), st.lists(registers, min_size=2, max_size=9)
+    st.sampled_from(RELEASES),
+    st.sampled_from(CALLERS),
+    st.sampled_from(sorted(facts.files())),
+    st.lists(registers, min_size=2, max_size=9),
 )
 def test_rows_are_independent(version: str, caller: str, op: int, states: list[list[int | None]]) -> None:
     xen = Hypervisor(version, caller)
@@ -127,7 +135,10 @@ def test_decode_of_preempt(version: str, caller: str, op: int, b: Behaviour) -> 
     for total in (2, 64, 1000, 60000):
         args, memory = issued(b, command, total)
         step = b.stride if b.codec in ("shifted_index", "masked_offset") else 1
-        progress = np.array([p for p in {b.first, 1, 2, 5, total // 2, total - 1} if p >= b.first and p < total and p % step == 0], np.uint64)
+        progress = np.array(
+            [p for p in {b.first, 1, 2, 5, total // 2, total - 1} if p >= b.first and p < total and p % step == 0],
+            np.uint64,
+        )
         if not len(progress):
             continue
         call = States.of([args] * len(progress), {k: v * len(progress) for k, v in memory.items()})

@@ -72,7 +72,9 @@ class _Result:
     harmless: npt.NDArray[np.bool_]
 
 
-def judge_continuations(frame: pl.DataFrame, context: Context, tally: Tally, *, everything: bool = False) -> pl.DataFrame:
+def judge_continuations(
+    frame: pl.DataFrame, context: Context, tally: Tally, *, everything: bool = False
+) -> pl.DataFrame:
     """Judge continuations against every target.
 
     Args:
@@ -86,14 +88,22 @@ def judge_continuations(frame: pl.DataFrame, context: Context, tally: Tally, *, 
     """
     parts = []
     role = frame.get_column("domid").replace_strict(
-        {k: v for k, v in context.roles.items() if k is not None}, default=context.roles.get(None), return_dtype=pl.String
+        {k: v for k, v in context.roles.items() if k is not None},
+        default=context.roles.get(None),
+        return_dtype=pl.String,
     )
     frame = frame.with_columns(role.alias("role"))
     for (number, caller, role_), group in frame.group_by("op", "caller", "role", maintain_order=True):
         for rows in group.iter_slices(context.chunk):
             parts.append(
                 _judge_group(
-                    rows, int(str(number)), str(caller), None if role_ is None else str(role_), context, tally, everything
+                    rows,
+                    int(str(number)),
+                    str(caller),
+                    None if role_ is None else str(role_),
+                    context,
+                    tally,
+                    everything,
                 )
             )
     if not parts:
@@ -110,9 +120,7 @@ def _judge_group(
         judging.read_source(group[0], caller, number, states, issued)
         for group in judging.classes(number, caller, context.sources)
     ]
-    results = [
-        _agree(sides, targets, role, context) for targets in judging.classes(number, caller, context.targets)
-    ]
+    results = [_agree(sides, targets, role, context) for targets in judging.classes(number, caller, context.targets)]
     side = sides[-1]
     caveats = side.caveats()
     # Rows whose results are equal at every class of targets are handled together.
@@ -122,7 +130,9 @@ def _judge_group(
     parts = []
     for p, i in enumerate(first):
         members = np.flatnonzero(inverse.reshape(-1) == p)
-        parts += _pattern(rows, members, int(i), sides, side, results, outcomes.CAVEATS[caveats[i]], role, context, tally, everything)
+        parts += _pattern(
+            rows, members, int(i), sides, side, results, outcomes.CAVEATS[caveats[i]], role, context, tally, everything
+        )
     return pl.concat(parts) if parts else empty(FINDINGS)
 
 
@@ -180,9 +190,7 @@ def _pattern(
             targets = [t for t in r.targets if (t not in context.rollback) is counted]
             if targets:
                 key = (outcomes.NAMES[r.outcome[i]], outcomes.ERRNOS[r.errno[i]], bool(r.harmless[i]), counted)
-                groups.setdefault(key, []).append(
-                    _Result(targets, r.judged, r.outcome, r.errno, r.harmless)
-                )
+                groups.setdefault(key, []).append(_Result(targets, r.judged, r.outcome, r.errno, r.harmless))
     part = rows[members]
     guard = side.guards[side.guard_of[i]]
     exposure = expose(role, guard, side.caller)
@@ -237,34 +245,47 @@ def _pattern(
             judged.reading().gather(members).alias("target_decode"),
         )
         frame = frame.with_columns(subop=pl.col("source_decode").struct.field("subop"))
-        out.append(frame.with_columns(text=_text(name, harmless, side, i, targets)).select(FINDINGS.names()).cast(FINDINGS))  # type: ignore[arg-type]
+        out.append(
+            frame.with_columns(text=_text(name, harmless, side, i, targets)).select(FINDINGS.names()).cast(FINDINGS)
+        )  # type: ignore[arg-type]
     return out
 
 
 def _text(name: str, harmless: bool, side: judging.Side, i: int, targets: Sequence[str]) -> pl.Expr:
     """One sentence for a finding, with its own numbers."""
-    def field(which: str, key: str, default: str = "an unknown number") -> pl.Expr:
+
+    def field(which: str, key: str, default: str = "an unknown number of") -> pl.Expr:
         inner = pl.col(which).struct.field("inner").struct.field(key).cast(pl.String)
         outer = pl.col(which).struct.field(key).cast(pl.String)
-        chosen = pl.when(pl.col("source_decode").struct.field("inner").struct.field("hypercall").is_not_null()).then(inner)
+        chosen = pl.when(pl.col("source_decode").struct.field("inner").struct.field("hypercall").is_not_null()).then(
+            inner
+        )
         return chosen.otherwise(outer).fill_null(default)
 
     what = pl.concat_str(
         pl.when(pl.col("source_decode").struct.field("inner").struct.field("hypercall").is_not_null())
         .then(pl.lit("inside a multicall: "))
         .otherwise(pl.lit("")),
-        pl.coalesce(field("source_decode", "subop", ""), pl.lit("")).replace("", None).fill_null(field("source_decode", "hypercall", "?")),
+        pl.coalesce(field("source_decode", "subop", ""), pl.lit(""))
+        .replace("", None)
+        .fill_null(field("source_decode", "hypercall", "?")),
     )
     done = pl.concat_str(
-        what, pl.lit(" left after "), field("source_decode", "progress"), pl.lit(" "), field("source_decode", "unit", "units")
+        what,
+        pl.lit(" left after "),
+        field("source_decode", "progress"),
+        pl.lit(" "),
+        field("source_decode", "unit", "units"),
     )
     target = targets[0] if len(targets) == 1 else f"{targets[0]} to {targets[-1]}"
     read = pl.concat_str(
         pl.lit(f"{target} reads "),
         pl.coalesce(field("target_decode", "subop", ""), pl.lit("")).replace("", None).fill_null(field("target_decode", "hypercall", "no operation")),
-        pl.lit(" with "), field("target_decode", "progress"), pl.lit(" done"),
+        pl.lit(" with "), field("target_decode", "progress", "an unknown number"), pl.lit(" done"),
     )  # fmt: skip
-    errno = pl.when(pl.col("errno").is_null()).then(pl.lit("")).otherwise(pl.concat_str(pl.lit(" with "), pl.col("errno")))
+    errno = (
+        pl.when(pl.col("errno").is_null()).then(pl.lit("")).otherwise(pl.concat_str(pl.lit(" with "), pl.col("errno")))
+    )
     end: dict[str, pl.Expr] = {
         "absent": pl.concat_str(pl.lit(f"{target} does not implement it for this caller: it ends"), errno),
         "misdirected": pl.concat_str(read, pl.when(pl.col("errno").is_null()).then(pl.lit("")).otherwise(pl.concat_str(pl.lit(" and ends with "), pl.col("errno")))),

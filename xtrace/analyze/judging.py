@@ -12,8 +12,8 @@ from xtrace.analyze import outcomes
 from xtrace.analyze.exposure import expose
 from xtrace.replay import facts
 from xtrace.replay.hypervisor import Hypervisor
-from xtrace.replay.states import Column
 from xtrace.replay.reading import MULTICALL, inner_states, null_reading, reading
+from xtrace.replay.states import Column
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -172,4 +172,13 @@ def take(side: Side, rows: npt.NDArray[np.intp]) -> Side:
         if len(kept):
             inner.append((op, where[at][kept], take(inside, kept)))
     issued = None if side.issued is None else side.issued.take(rows)
-    return Side(side.release, side.caller, side.number, side.states.take(rows), issued, side.decoded.take(rows), side.guards, inner)
+    return Side(
+        side.release,
+        side.caller,
+        side.number,
+        side.states.take(rows),
+        issued,
+        side.decoded.take(rows),
+        side.guards,
+        inner,
+    )

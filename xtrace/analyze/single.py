@@ -127,7 +127,9 @@ def _one_release(text: Any, what: str) -> str:
         raise UsageError(f"{what} names no release")
     chosen = release.parse(text)
     if len(chosen.releases) != 1:
-        raise UsageError(f"{what}: {text} is a series; name one point release of it, such as {chosen.releases[-1].version}")
+        raise UsageError(
+            f"{what}: {text} is a series; name one point release of it, such as {chosen.releases[-1].version}"
+        )
     return chosen.releases[0].version
 
 
@@ -181,9 +183,7 @@ def judge_many(requests: Sequence[Request]) -> pl.DataFrame:
     for (source, target, issuer), members in groups.items():
         frame = pl.DataFrame([_row(k, requests[k]) for k in members], schema={**CONTINUATIONS, "input": pl.UInt32()})
         context = findings.Context((source,), (target,), frozenset(), {None: None}, issuer)
-        parts.append(
-            findings.judge_continuations(frame, context, findings.Tally.of((target,)), everything=True)
-        )
+        parts.append(findings.judge_continuations(frame, context, findings.Tally.of((target,)), everything=True))
     if not parts:
         return pl.DataFrame(schema=FINDINGS)
     return pl.concat(parts).sort("seq")

@@ -45,14 +45,16 @@ SEEN: Final = pl.Schema(
 _TOTALS: Final = (2, 64, 512, 4096, 1 << 20)
 
 #: Progress tried: enough to tell any two shifts apart (they differ modulo small powers of two), and large values.
-_PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000}))
+_PROGRESS: Final = tuple(
+    sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000})
+)
 
 
 def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
     """Count the calls of one batch of stitched entries of input ``index``."""
-    calls = entries.select(
-        "domid", "caller", "op", "number", "arg0", "total", "offset", "kind", "reentry"
-    ).filter(pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry"))
+    calls = entries.select("domid", "caller", "op", "number", "arg0", "total", "offset", "kind", "reentry").filter(
+        pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry")
+    )
     return (
         calls.with_columns(
             number=pl.coalesce("number", (pl.col("arg0") & 0xFFFFFFFF).cast(pl.Int64)).mul(
@@ -179,7 +181,7 @@ def judge(
     behaviours = [b for b in behaviours if b.codec != "none"]
     if not behaviours:
         return [Surface(tuple(targets), "safe", {}, (), (), ())]
-    named = call.command and number is not None or not call.command
+    named = (call.command and number is not None) or not call.command
     out = []
     for group in judging.classes(op, caller, targets):
         seen: dict[str, int] = {}
@@ -202,9 +204,7 @@ def judge(
             verdict = "unknown"
         if breaking:
             verdict = "breaks" if named else "undecidable"
-        out.append(
-            Surface(tuple(group), verdict, seen, tuple(breaking), tuple(dict.fromkeys(caveats)), tuple(unknown))
-        )
+        out.append(Surface(tuple(group), verdict, seen, tuple(breaking), tuple(dict.fromkeys(caveats)), tuple(unknown)))
     return out
 
 

@@ -36,7 +36,8 @@ def _version(value: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and the releases known.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version and the releases known."),
     ] = False,
 ) -> None:
     pass

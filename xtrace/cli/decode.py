@@ -27,7 +27,8 @@ def command(
     to: Annotated[str | None, typer.Option("--to", metavar="RELEASE", help="Release asked to resume it.")] = None,
     caller: Annotated[str | None, typer.Option("--caller", metavar="KIND", help="Caller ABI: pv64, hvm64, …")] = None,
     mem: Annotated[
-        list[str] | None, typer.Option("--mem", metavar="FIELD=VALUE", help="Guest memory behind it, Xen's field names.")
+        list[str] | None,
+        typer.Option("--mem", metavar="FIELD=VALUE", help="Guest memory behind it, Xen's field names."),
     ] = None,
     issued: Annotated[
         list[str] | None, typer.Option("--issued", metavar="ARG", help="Registers of the call as first made, in order.")

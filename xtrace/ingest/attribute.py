@@ -149,9 +149,7 @@ class Pcpus:
         if self.first_tsc is not None:
             self.last_tsc = max(int(tsc.max()), self.last_tsc or 0)
 
-    def _steps(
-        self, tsc: NDArray[np.uint64], starts: NDArray[np.int64], owner: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def _steps(self, tsc: NDArray[np.uint64], starts: NDArray[np.int64], owner: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where the TSC of a pCPU is lower than its previous one."""
         back = np.flatnonzero(tsc[1:] < tsc[:-1]) + 1
         carried = starts[self.timed[owner] & (tsc[starts] < self.tsc[owner])]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ("Rows", "concat", "extract", "Tally", "frame", "take", "tally")
+__all__ = ("Rows", "Tally", "concat", "extract", "frame", "take", "tally")
 
 #: Extracted events as columns of equal length. Always: segment, tsc, pcpu (dense), offset, code, flags, extra, who,
 #: w0, w1, w2. Only where needed (0 elsewhere): w3 to w6, rip, mode.
@@ -55,7 +55,9 @@ _RIP: Final = 4
 
 _NULLS: Final = 1 << 19
 
-_NUMBER: Final = 0xFFFFF  # TRC_PV_HYPERCALL_V2: bits 19..0 are the hypercall's number, 31..20 say which arguments follow
+_NUMBER: Final = (
+    0xFFFFF  # TRC_PV_HYPERCALL_V2: bits 19..0 are the hypercall's number, 31..20 say which arguments follow
+)
 
 
 def extract(
@@ -279,12 +281,7 @@ def frame(
         columns["rip"] = _column("rip", rip, has_rip)
     if result is not None:
         columns["result"] = result
-    return pl.DataFrame(
-        [
-            columns[name] if name in columns else _null(name, n)
-            for name in EVENTS
-        ]
-    )
+    return pl.DataFrame([columns[name] if name in columns else _null(name, n) for name in EVENTS])
 
 
 def _arguments(rows: Rows, op: NDArray[np.generic]) -> tuple[NDArray[np.generic], dict[str, pl.Series]]:

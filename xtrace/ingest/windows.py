@@ -300,7 +300,9 @@ class _Scan:
                 note(f"the file ends {due - self.size} bytes before the window of pCPU {pcpu} does", offset=self.size)
                 return end
             if due > end:
-                note(f"a window header stands {due - end} bytes before the end of the window of pCPU {pcpu}", offset=end)
+                note(
+                    f"a window header stands {due - end} bytes before the end of the window of pCPU {pcpu}", offset=end
+                )
                 return end
         else:
             whole = payload

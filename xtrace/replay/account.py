@@ -13,6 +13,7 @@ from xtrace.replay import hypervisor as hv
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.reading import operations
 from xtrace.replay.states import States, nullable
+
 if TYPE_CHECKING:
     from xtrace.replay.stitch import Stitched
 
@@ -123,11 +124,16 @@ class Account:
         name = facts.hypercall_names().get(op, str(op))
         # A call of something that the release does not have is explained: it fails. A continuation of it, or one that
         # succeeded, is not.
-        bad = np.isin(read.status, (hv.ABSENT, hv.UNMATCHED)) & part.select(
-            pl.col("continuation").is_not_null() | (pl.col("returned") >= 0).fill_null(False)
-        ).to_series().to_numpy()
+        bad = (
+            np.isin(read.status, (hv.ABSENT, hv.UNMATCHED))
+            & part.select(pl.col("continuation").is_not_null() | (pl.col("returned") >= 0).fill_null(False))
+            .to_series()
+            .to_numpy()
+        )
         if read.hypercall.status == "absent":
-            self._note(part, bad, f"{name} is called", f"{name} is not in the {xen.caller} hypercall table of {self.release}")
+            self._note(
+                part, bad, f"{name} is called", f"{name} is not in the {xen.caller} hypercall table of {self.release}"
+            )
         else:
             numbers = read.number[bad]
             self._note(part, bad, f"{name} with sub-operation {numbers[0] if len(numbers) else '?'}",
@@ -152,7 +158,9 @@ class Account:
         for i in np.flatnonzero(wrong)[:1]:
             self._note(part, wrong, f"a continuation of {name}", detail.get(int(i), "other registers"))
 
-    def _note(self, part: pl.DataFrame, rows: np.ndarray[tuple[int], np.dtype[np.bool_]], what: str, expected: str) -> None:
+    def _note(
+        self, part: pl.DataFrame, rows: np.ndarray[tuple[int], np.dtype[np.bool_]], what: str, expected: str
+    ) -> None:
         if not rows.any():
             return
         row = part.row(int(np.flatnonzero(rows)[0]), named=True)

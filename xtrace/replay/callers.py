@@ -57,7 +57,10 @@ class CallerFill:
         open_ = out.get_column("caller").is_null()
         if open_.any():
             by_kind = (
-                pl.when(pl.col("kind") == "hypercall").then(pl.lit(_PV)).when(pl.col("kind") == "vmmcall").then(pl.lit(_HVM))
+                pl.when(pl.col("kind") == "hypercall")
+                .then(pl.lit(_PV))
+                .when(pl.col("kind") == "vmmcall")
+                .then(pl.lit(_HVM))
             ).cast(EVENTS["caller"])
             out = out.with_columns(pl.coalesce("caller", by_kind).alias("caller"))
             if not {c for _, c in self.used | _pairs(out)} <= {_PV}:
@@ -77,8 +80,10 @@ class CallerFill:
         entry = pl.col("kind").is_in(["hypercall", "vmmcall"])
         last = events.filter(entry).group_by("domid", "vcpu").agg(pl.col("caller").last())
         carried = self._last
-        self._last = last if carried is None else pl.concat([carried, last]).group_by("domid", "vcpu").agg(
-            pl.col("caller").last()
+        self._last = (
+            last
+            if carried is None
+            else pl.concat([carried, last]).group_by("domid", "vcpu").agg(pl.col("caller").last())
         )
         if not events.select((pl.col("kind") == "subcall") & pl.col("caller").is_null()).to_series().any():
             return events
@@ -89,9 +94,7 @@ class CallerFill:
                 [carried.with_columns(kind=pl.lit("hypercall", dtype=EVENTS["kind"])).select(rows.columns), rows]
             )
             old = len(carried)
-        filled = rows.select(
-            pl.when(entry).then("caller").forward_fill().over("domid", "vcpu")
-        ).to_series()[old:]
+        filled = rows.select(pl.when(entry).then("caller").forward_fill().over("domid", "vcpu")).to_series()[old:]
         return events.with_columns(
             pl.when(pl.col("kind") == "subcall").then(pl.coalesce("caller", filled)).otherwise("caller").alias("caller")
         )

@@ -52,7 +52,7 @@ class Codec(Protocol):
 
 
 def _minus(a: Column, b: Column) -> Column:
-    """a − b where both are known and b ≤ a."""
+    """A − b where both are known and b ≤ a."""
     known = a.known & b.known & (a.value >= b.value)
     return Column(np.where(known, a.value - b.value, np.uint64(0)), known)
 
@@ -63,7 +63,7 @@ def _plus(a: Column, b: Column) -> Column:
 
 
 def _or(a: Column, b: Column) -> Column:
-    """a where known, else b."""
+    """A where known, else b."""
     return Column(np.where(a.known, a.value, b.value), a.known | b.known)
 
 

@@ -173,7 +173,19 @@ class Behaviour:
     def encoding(self) -> tuple[Any, ...]:
         """What two behaviours must share for a continuation of one to be read alike by the other."""
         p = self.params
-        names = ("arg", "shift", "mask", "pointer", "size", "count", "flag", "index", "base", "to_hypercall", "to_operation")
+        names = (
+            "arg",
+            "shift",
+            "mask",
+            "pointer",
+            "size",
+            "count",
+            "flag",
+            "index",
+            "base",
+            "to_hypercall",
+            "to_operation",
+        )
         moves = tuple(sorted(p.get("advance", {}).items())), tuple(sorted(p.get("reduce", {}).items()))
         return (self.codec, tuple(p.get(n) for n in names), moves, self.order, self.order_when)
 
@@ -203,7 +215,9 @@ class Hypercall:
         return (
             self.status,
             self.absent_errno,
-            None if d is None else (d.mask, d.shift, d.width, d.unmatched, d.checks, d.command_bits, d.guard, d.sign_extend),
+            None
+            if d is None
+            else (d.mask, d.shift, d.width, d.unmatched, d.checks, d.command_bits, d.guard, d.sign_extend),
             tuple(b.ident for _, b in sorted(self.by_number.items())),
             None if self.never_operations is None else tuple(sorted(self.never_operations)),
         )
@@ -371,7 +385,9 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
     if present is None:
         absent = _only((r for r in doc.get("absent", []) if _covers(r, release, caller, model)), f"{where}, absent")
         errno = (absent or {}).get("absent_errno", "-ENOSYS")
-        return facts("absent", f"{head['name']} is not in the {caller} hypercall table of {release}", absent_errno=errno)
+        return facts(
+            "absent", f"{head['name']} is not in the {caller} hypercall table of {release}", absent_errno=errno
+        )
     dispatch = None
     if head.get("command"):
         row = _only((r for r in doc.get("dispatch", []) if _covers(r, release, caller, model)), f"{where}, dispatch")
@@ -392,9 +408,7 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
         )
     by_number: dict[int, Behaviour] = {}
     for i, op in enumerate(doc.get("operation", [])):
-        rows = (
-            (j, r) for j, r in enumerate(op.get("behaviour", [])) if _covers(r, release, caller, model)
-        )
+        rows = ((j, r) for j, r in enumerate(op.get("behaviour", [])) if _covers(r, release, caller, model))
         found = list(rows)
         if len(found) > 1:
             raise FactError(f"{where}, {op['name']}: {len(found)} behaviours")

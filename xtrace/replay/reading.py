@@ -35,7 +35,9 @@ def reading(d: Decoded, inner: pl.Series | None = None) -> pl.Series:
     homes = pl.Series([*(_home(b.codec) for b in d.behaviours), None], dtype=pl.String)
     home = homes.gather(which)
     if (d.special >= 0).any():
-        home = pl.select(pl.when(pl.lit(pl.Series(d.special >= 0))).then(pl.lit("hypervisor")).otherwise(home)).to_series()
+        home = pl.select(
+            pl.when(pl.lit(pl.Series(d.special >= 0))).then(pl.lit("hypervisor")).otherwise(home)
+        ).to_series()
     frame = pl.DataFrame(
         {
             "hypercall": pl.repeat(d.hypercall.name, n, dtype=pl.String, eager=True),

@@ -203,7 +203,14 @@ class Stitcher:
         )
 
     def _keep(
-        self, n: int, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], entry: Mask, sub: Mask, ret: Mask, marks: Marks
+        self,
+        n: int,
+        key: npt.NDArray[np.uint32],
+        op: npt.NDArray[np.uint32],
+        entry: Mask,
+        sub: Mask,
+        ret: Mask,
+        marks: Marks,
     ) -> Rows:
         """Choose the last rows of every vCPU that a later row may be compared with."""
         keep = np.zeros(n, bool)

@@ -17,7 +17,10 @@ __all__ = ("closing", "write_jsonl", "write_text")
 def write_text(rows: pl.DataFrame, out: TextIO) -> None:
     """Write one line for each call: place, domain and vCPU, kind, hypercall, sub-operation, progress."""
     who = pl.concat_str(
-        pl.lit("d"), pl.col("domid").cast(pl.String).fill_null("?"), pl.lit("v"), pl.col("vcpu").cast(pl.String).fill_null("?")
+        pl.lit("d"),
+        pl.col("domid").cast(pl.String).fill_null("?"),
+        pl.lit("v"),
+        pl.col("vcpu").cast(pl.String).fill_null("?"),
     )
     place = pl.coalesce(
         pl.concat_str(pl.lit("line "), pl.col("line").cast(pl.String)),

@@ -109,7 +109,9 @@ def decode(d: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     inner = d.get("inner")
     out = {k: d[k] for k in _DECODE}
-    out["inner"] = None if inner is None or inner["hypercall"] is None else {**{k: inner[k] for k in _DECODE}, "inner": None}
+    out["inner"] = (
+        None if inner is None or inner["hypercall"] is None else {**{k: inner[k] for k in _DECODE}, "inner": None}
+    )
     return out
 
 

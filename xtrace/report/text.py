@@ -38,7 +38,9 @@ def write_text(result: Result, out: TextIO, *, verbose: bool = False, width: int
     """
     from rich.console import Console
 
-    console = Console(file=out, width=width or (None if out.isatty() else 100), highlight=False, soft_wrap=not out.isatty())
+    console = Console(
+        file=out, width=width or (None if out.isatty() else 100), highlight=False, soft_wrap=not out.isatty()
+    )
     verdict = common.summary(result)["verdict"]
     console.print(_safe(common.sentence(result)), style=f"bold {_COLOURS.get(verdict, 'yellow')}")
     for line in result.assumptions:
@@ -62,9 +64,7 @@ def _targets(result: Result, console: Console) -> None:
     from rich.table import Table
 
     proved, inferred = result.proved, result.inferred
-    console.print(
-        f"{result.calls:,} calls; continuations: {proved:,} proved, {inferred:,} inferred.", style="dim"
-    )
+    console.print(f"{result.calls:,} calls; continuations: {proved:,} proved, {inferred:,} inferred.", style="dim")
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name in ("target", "verdict", "continuations seen", "calls that could break"):
         table.add_column(name, overflow="fold")
@@ -90,11 +90,20 @@ def _findings(result: Result, console: Console, verbose: bool) -> None:
     if not groups:
         return
     order = {code: k for k, code in enumerate(rules.rules())}
-    for row in sorted(groups.values(), key=lambda r: (not r["in_exit"], order.get(r["code"], 99), r["input"], r["seq"])):
+    by_code: dict[str, list[dict[str, Any]]] = {}
+    for row in groups.values():
         # The rollback line is for information; its findings are shown in the table above, and here on demand.
         if row["in_exit"] or verbose:
-            console.print()
-            _one(row, console, result)
+            by_code.setdefault(row["code"], []).append(row)
+    for code in sorted(by_code, key=lambda c: order.get(c, 99)):
+        rule = rules.rules()[code]
+        console.print()
+        console.print(f"{code} {rule.name}: {rule.title}", style="bold")
+        rows = sorted(by_code[code], key=lambda r: (not r["in_exit"], r["input"], r["seq"]))
+        clean = rows[0]["outcome"] in ("resumes", "restarts") and rows[0]["caveats"]
+        for row in rows:
+            _caveat(row, console) if clean else _one(row, console, result)
+        console.print(f"  {rule.what_to_do}", style="dim")
     if verbose:
         console.print()
         for row in common.rows(result):
@@ -102,31 +111,32 @@ def _findings(result: Result, console: Console, verbose: bool) -> None:
             console.print(f"{row['code']} {place}: {_safe(row['text'])}")
 
 
-def _one(row: dict[str, Any], console: Console, result: Result) -> None:
-    rule = rules.rules().get(row["code"])
+def _head(row: dict[str, Any]) -> str:
     name = row["hypercall"] + (f"/{row['subop']}" if row["subop"] else "")
-    domid = "?" if row["domid"] is None else row["domid"]
-    targets = release.fold_text(row["targets"])
-    head = f"{row['code']} {row['outcome']}: {name} at {targets}"
-    if not row["in_exit"]:
-        head += " (rollback)"
-    console.print(head, style="bold")
+    targets = release.fold_text(row["targets"]) + ("" if row["in_exit"] else " (rollback)")
+    domid = "of an unknown domain" if row["domid"] is None else f"of domain {row['domid']}"
+    return f"{name} {domid} at {targets}: {row['n']:,} {row['evidence']}"
+
+
+def _caveat(row: dict[str, Any], console: Console) -> None:
+    console.print(f"  {_safe(_head(row))}, {', '.join(row['caveats'])}")
+
+
+def _one(row: dict[str, Any], console: Console, result: Result) -> None:
     who = {True: "migrates", False: "does not migrate", None: "not known whether it migrates"}[row["migrates"]]
     console.print(
-        f"  {row['n']:,} × {row['evidence']}, domain {domid} ({row['caller']}, issuer {row['issuer']}, {who})"
+        f"  {_safe(_head(row))} ({row['caller']}, issuer {row['issuer']}, {who})"
         + (f", caveats: {', '.join(row['caveats'])}" if row["caveats"] else "")
     )
-    console.print(f"  {_safe(row['text'])}")
+    console.print(f"    {_safe(row['text'])}")
     place = f"line {row['line']}" if row["line"] is not None else f"byte {row['offset']:,}"
     path = result.inputs[row["input"]].path
     args = " ".join(
         f"{a}={v:#x}" if v is not None else f"{a}=?" for a, v in zip(ARGS, row["args"], strict=True) if v is not None
     )
-    console.print(f"  first at {_safe(path)}: {place}: {args or 'no argument recorded'}")
-    console.print(f"    source {_safe(_decoding(row['source_decode']))}")
-    console.print(f"    target {_safe(_decoding(row['target_decode']))}")
-    if rule is not None:
-        console.print(f"  {rule.what_to_do}", style="dim")
+    console.print(f"    first at {_safe(path)}: {place}: {args or 'no argument recorded'}")
+    console.print(f"      source {_safe(_decoding(row['source_decode']))}")
+    console.print(f"      target {_safe(_decoding(row['target_decode']))}")
 
 
 def _decoding(d: dict[str, Any]) -> str:
