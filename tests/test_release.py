@@ -162,9 +162,7 @@ def test_the_nearest_release_with_a_note(text: str, version: str, note: str) -> 
 def test_a_host_that_names_only_its_series() -> None:
     got = release.parse("4.11.amazon")
     assert release.fold(got.versions) == ["4.11"]
-    assert got.note == (
-        "4.11.amazon does not say which point release of 4.11 it is; it is judged as all of 4.11.0–4.11.4"
-    )
+    assert got.note == ("4.11.amazon does not say which point release of 4.11 it is; it is judged as all of 4.11.0–4.11.4")
 
 
 @pytest.mark.parametrize("text", ["", "foo", "4", "5.0", "4.31", "2.0.7", "3.9", "99999999999.1", "4.13..4.99", "4..5"])

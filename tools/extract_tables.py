@@ -46,9 +46,7 @@ class Git:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._batch = subprocess.Popen(
-            ["git", "-C", path, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+        self._batch = subprocess.Popen(["git", "-C", path, "cat-file", "--batch"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._blobs: dict[str, str] = {}
         self._trees: dict[tuple[str, str], str | None] = {}
 
@@ -148,9 +146,7 @@ def _banner(what: str, git: Git, newest: Release) -> str:
 
 def releases_toml(git: Git, releases: list[Release]) -> str:
     lines = [
-        _banner(
-            "every release of Xen that xtrace knows, in version order; date is that of the commit", git, releases[-1]
-        ),
+        _banner("every release of Xen that xtrace knows, in version order; date is that of the commit", git, releases[-1]),
         "# There are no release tags between 3.0.0 and 4.0.0: the tags nearest to the release stand for 3.x.",
         "# `also` lists further tags of the same commit. There is no tag for 4.6.2.",
     ]
@@ -167,9 +163,7 @@ def releases_toml(git: Git, releases: list[Release]) -> str:
 #: A condition: True, False, or what is left open: ("sym", text), ("not", c), ("and", (c, …)), ("or", (c, …)).
 Cond = bool | tuple  # type: ignore[type-arg]
 
-_TOKEN = re.compile(
-    r"\s*(?:(defined)\b\s*\(?\s*(\w+)\s*\)?|(&&|\|\||==|!=|<=|>=|[<>!()])|(0[xX][0-9a-fA-F]+|\d+)[uUlL]*|(\w+))"
-)
+_TOKEN = re.compile(r"\s*(?:(defined)\b\s*\(?\s*(\w+)\s*\)?|(&&|\|\||==|!=|<=|>=|[<>!()])|(0[xX][0-9a-fA-F]+|\d+)[uUlL]*|(\w+))")
 
 
 def c_not(c: Cond) -> Cond:
@@ -347,11 +341,7 @@ def preprocess(text: str, known: dict[str, int | None]) -> list[tuple[str, Cond]
         if word in ("ifdef", "ifndef"):
             name = rest.split()[0]
             # a header's own include guard
-            cond: Cond = (
-                False
-                if re.fullmatch(r"_*\w*_H_*", name) and name not in known
-                else _evaluate(f"defined({name})", known)
-            )
+            cond: Cond = False if re.fullmatch(r"_*\w*_H_*", name) and name not in known else _evaluate(f"defined({name})", known)
             if word == "ifndef":
                 cond = c_not(cond)
             stack.append((cond, cond))
@@ -475,9 +465,7 @@ class Found:
     problem: str | None = None
 
 
-def asm_table(
-    git: Git, tag: str, path: str, symbol: str, known: dict[str, int | None], arch_0: int | None
-) -> Found | None:
+def asm_table(git: Git, tag: str, path: str, symbol: str, known: dict[str, int | None], arch_0: int | None) -> Found | None:
     """Read a table of .quad/.long lines."""
     text = git.show(tag, path)
     if text is None or f"ENTRY({symbol})" not in text:
@@ -884,9 +872,7 @@ def main() -> int:
     """Write (or with --check compare) the generated files; returns 1 if --check found a difference."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--xen-git", required=True, metavar="DIR", help="clone of Xen with all release tags")
-    parser.add_argument(
-        "--out", type=Path, default=ABI, metavar="DIR", help="where to write (default: xtrace/replay/abi)"
-    )
+    parser.add_argument("--out", type=Path, default=ABI, metavar="DIR", help="where to write (default: xtrace/replay/abi)")
     parser.add_argument("--only", default="releases,tables,numbers", metavar="NAMES", help="comma-separated file names")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a file differs")
     parser.add_argument("--verbose", action="store_true", help="report handlers named unlike their hypercall")

@@ -281,8 +281,7 @@ class _Run:
             else:
                 item.sources, origin = _possible(path, observed)
                 self.assumptions[
-                    f"nothing says which release wrote {item.path}: judged for each of {release.fold_text(item.sources)} "
-                    f"({origin})"
+                    f"nothing says which release wrote {item.path}: judged for each of {release.fold_text(item.sources)} ({origin})"
                 ] = None
         if chosen is not None:
             item.sources = tuple(r.version for r in chosen.releases)
@@ -303,8 +302,7 @@ class _Run:
             if key is not None:
                 known[key] = (caller_, known.get(key, (None, None))[1])
         item.domains = known
-        for domid, (_, role) in known.items():
-            self.roles[domid] = role
+        self.roles.update({key: role for key, (_, role) in known.items()})
 
     def _stream(self, index: int, item: Input, source: Source, recording: Recording) -> None:
         tally = self.tally
@@ -478,9 +476,7 @@ def _possible(path: str | os.PathLike[str], observed: Observed) -> tuple[tuple[s
     """Return the releases that the record layouts of a trace leave possible."""
     versions = identify.possible(observed.event_ids)
     if not versions:
-        raise InputError(
-            str(path), "its records contradict each other: no one release writes all of them", exit_bits=16
-        )
+        raise InputError(str(path), "its records contradict each other: no one release writes all of them", exit_bits=16)
     # What no fact file speaks about cannot be judged at all; a source that is only possible is not worth an "unknown".
     modelled = tuple(v for v in versions if v in facts.modelled_releases())
     return modelled or versions, f"record layout {observed.layout or 'of no era of its own'}"

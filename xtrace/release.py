@@ -107,8 +107,7 @@ def releases() -> tuple[Release, ...]:
     try:
         rows = tomllib.loads(_DATA.read_text(encoding="utf-8"))["release"]
         out = tuple(
-            Release(_key(r["version"]), r["version"], r["tag"], r["commit"], r["date"], tuple(r.get("also", ())))
-            for r in rows
+            Release(_key(r["version"]), r["version"], r["tag"], r["commit"], r["date"], tuple(r.get("also", ()))) for r in rows
         )
     except (OSError, KeyError, ValueError) as exc:  # TOMLDecodeError is a ValueError
         raise FactError(f"abi/releases.toml cannot be used: {exc}") from exc

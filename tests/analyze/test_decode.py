@@ -11,9 +11,7 @@ import pytest
 
 
 def xtrace(*args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "xtrace", *args], capture_output=True, text=True, input=stdin, timeout=120
-    )
+    return subprocess.run([sys.executable, "-m", "xtrace", *args], capture_output=True, text=True, input=stdin, timeout=120)
 
 
 def decode(*args: str) -> dict[str, Any]:
@@ -51,9 +49,7 @@ def test_worked_example_forward() -> None:
 
 
 def test_worked_example_privileged() -> None:
-    a = decode(
-        "--from", "3.3.0", "--to", "3.4.0", "--caller", "pv64", "--issuer", "control", "memory_op", "0x51", "0x7ffe0000"
-    )
+    a = decode("--from", "3.3.0", "--to", "3.4.0", "--caller", "pv64", "--issuer", "control", "memory_op", "0x51", "0x7ffe0000")
     # A privileged caller is not stopped: the structure is read as another, and no errno must follow.
     assert (a["outcome"], a["errno"]) == ("misdirected", None)
 
@@ -135,9 +131,7 @@ def test_hvmop_4_4_to_4_5() -> None:
 
 
 def test_hvmop_gone() -> None:
-    a = decode(
-        "--from", "4.8.0", "--to", "4.9.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", "8", "0x7ffe0000"
-    )
+    a = decode("--from", "4.8.0", "--to", "4.9.0", "--caller", "hvm64", "--issuer", "device_model", "hvm_op", "8", "0x7ffe0000")
     assert (a["outcome"], a["errno"]) == ("absent", "-ENOSYS")
     a = decode(
         "--from",

@@ -169,9 +169,7 @@ def test_exit_status_is_the_same_in_every_format_and_can_be_narrowed() -> None:
 def test_stdin_and_compression() -> None:
     from_file = json.loads(xtrace("analyze", BARE, "--from", "4.4.4", "--to", "4.5.0", "--format", "json").stdout)
     for data in (BARE.read_bytes(), plain(BARE)):
-        piped = json.loads(
-            xtrace("analyze", "-", "--from", "4.4.4", "--to", "4.5.0", "--format", "json", stdin=data).stdout
-        )
+        piped = json.loads(xtrace("analyze", "-", "--from", "4.4.4", "--to", "4.5.0", "--format", "json", stdin=data).stdout)
         assert piped["findings"] == from_file["findings"]
 
 
@@ -224,9 +222,7 @@ def test_replay_explains_its_own_release_and_not_another() -> None:
     done = xtrace("replay", BARE, "--at", "4.4.4")
     assert done.returncode == 0
     assert "every record that the model covers is explained" in done.stderr.decode()
-    assert any(
-        "XENMEM_decrease_reservation" in x and "continuation, proved" in x for x in done.stdout.decode().splitlines()
-    )
+    assert any("XENMEM_decrease_reservation" in x and "continuation, proved" in x for x in done.stdout.decode().splitlines())
     done = xtrace("replay", BARE, "--at", "3.3.0")
     assert done.returncode & 4
     assert "first record that cannot be explained" in done.stderr.decode()
@@ -253,22 +249,19 @@ def test_interrupt() -> None:
 
 
 def test_start_up_is_light() -> None:
-    code = "import sys; from xtrace.cli.app import run; run(['--version']); sys.exit(any(m in sys.modules for m in ('polars', 'pyarrow', 'numpy')))"
+    heavy = "('polars', 'pyarrow', 'numpy')"
+    code = f"import sys; from xtrace.cli.app import run; run(['--version']); sys.exit(any(m in sys.modules for m in {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 
 def test_same_input_same_bytes() -> None:
-    runs = {
-        xtrace("analyze", BARE, "--format", "json", env={**os.environ, "PYTHONHASHSEED": str(k)}).stdout for k in (1, 2)
-    }
+    runs = {xtrace("analyze", BARE, "--format", "json", env={**os.environ, "PYTHONHASHSEED": str(k)}).stdout for k in (1, 2)}
     assert len(runs) == 1
 
 
 def test_hostile_strings_do_not_reach_the_terminal(tmp_path: Path) -> None:
     path = tmp_path / "evil\x1b[31m.log"
-    path.write_text(
-        "xtrace: header release=4.4.4\nxtrace: hypercall tsc=1 dom=1 vcpu=0 caller=pv64 op=12 a0=0x41 wat\x1b[2J=1\n"
-    )
+    path.write_text("xtrace: header release=4.4.4\nxtrace: hypercall tsc=1 dom=1 vcpu=0 caller=pv64 op=12 a0=0x41 wat\x1b[2J=1\n")
     done = xtrace("analyze", path)
     assert b"\x1b" not in done.stdout + done.stderr

@@ -80,9 +80,7 @@ def test_counts(name, release, caller, calls, conts):
     assert samples["on_insn"].all()  # every recorded sample stands on the instruction
     assert frame.filter(pl.col("kind") != "sample")["on_insn"].null_count() == 2 * calls
     # The extraction of the PVH console repeated its last sample line.
-    assert [p.text for p in ledger.problems] == (
-        ["call n=55 says that it has 24 samples; 25 lines follow"] if hvm else []
-    )
+    assert [p.text for p in ledger.problems] == (["call n=55 says that it has 24 samples; 25 lines follow"] if hvm else [])
 
 
 @pytest.mark.parametrize(("name", "release", "caller", "calls", "conts", "more"), ERAS)
@@ -158,9 +156,7 @@ def slow(text):
             counted = op in (1, 26)
             cmd = args["arg0"]
             entry = "vmmcall" if kind == "CALLH" else "hypercall"
-            out.append(
-                base | args | {"kind": entry, "op": op, "tsc": ends[0], "memory": {"pdone": 0} if counted else None}
-            )
+            out.append(base | args | {"kind": entry, "op": op, "tsc": ends[0], "memory": {"pdone": 0} if counted else None})
             back = {"kind": "return", "op": op, "tsc": ends[1], "result": int(kv["ret"])}
             out.append(base | back | {"memory": {"pdone": int(kv["pdone"])} if counted else None})
         elif re.fullmatch(r"CONT(32|H)?", kind):
@@ -266,9 +262,7 @@ def test_cuts():
     near = {i + d for i in breaks for d in range(-12, 12) if 0 <= i + d < len(data)}
     for end in sorted(near | set(range(0, len(data), 5))):  # every one takes a minute
         frame, recording = read(Bytes(data[:end]))
-        assert set(frame.drop("seq").select("line", "kind", "tsc").rows()) <= set(
-            whole.select("line", "kind", "tsc").rows()
-        )
+        assert set(frame.drop("seq").select("line", "kind", "tsc").rows()) <= set(whole.select("line", "kind", "tsc").rows())
         last = data[:end].rsplit(b"\n", 1)[-1]
         if re.match(rb"(CALL|CONT|V1CALL) ", last):
             assert recording.ledger.truncated

@@ -115,12 +115,7 @@ def test_other_clocks():
 
 
 def test_lost():
-    data = (
-        b"# tracer: nop\n# entries-in-buffer/entries-written: 519/600   #P:2\n"
-        + LINE
-        + b"CPU:1 [LOST 12 EVENTS]\n"
-        + LINE
-    )
+    data = b"# tracer: nop\n# entries-in-buffer/entries-written: 519/600   #P:2\n" + LINE + b"CPU:1 [LOST 12 EVENTS]\n" + LINE
     frame, recording = read(Bytes(data))
     assert frame.select("kind", "vcpu", "result").rows() == [
         ("lost", None, 81),

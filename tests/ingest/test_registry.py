@@ -49,9 +49,7 @@ def test_what_is_no_trace(tmp_path: Path) -> None:
         registry.detect(source)
     assert caught.value.exit_bits == 16
     assert caught.value.offset == 0
-    assert str(caught.value) == (
-        f"{path}: byte 0: is not a trace that xtrace knows (it begins 7f 45 4c 46 02 01 01 00 …)"
-    )
+    assert str(caught.value) == (f"{path}: byte 0: is not a trace that xtrace knows (it begins 7f 45 4c 46 02 01 01 00 …)")
 
 
 def test_host_info_is_no_trace() -> None:
@@ -67,9 +65,7 @@ class _Fake:
         return self.score
 
 
-@pytest.mark.parametrize(
-    ("scores", "winner"), [((10, 90, 20), "b"), ((50, 50, 50), "a"), ((0, 0, 1), "c"), ((-5, 0, 3), "c")]
-)
+@pytest.mark.parametrize(("scores", "winner"), [((10, 90, 20), "b"), ((50, 50, 50), "a"), ((0, 0, 1), "c"), ((-5, 0, 3), "c")])
 def test_the_surest_reader_wins_and_ties_go_to_the_earlier(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, scores: tuple[int, ...], winner: str
 ) -> None:

@@ -220,17 +220,11 @@ good = st.one_of(
     st.one_of(u64, st.just(0xFFFFFFEA)).map(lambda v: f"result={v}"),
     st.integers(-(2**63), 0).map(lambda v: f"result={v}"),
     word("n", st.integers(0, 2**40)),
-    st.sampled_from(["mem.nr_extents", "mem.in.nr_extents", "mem.entry.arg0", "mem.pdone"]).flatmap(
-        lambda key: word(key, u64)
-    ),
+    st.sampled_from(["mem.nr_extents", "mem.in.nr_extents", "mem.entry.arg0", "mem.pdone"]).flatmap(lambda key: word(key, u64)),
     st.just("mem.entry.result=-14"),
 )
-keys = st.sampled_from(
-    ["tsc", "pcpu", "dom", "op", "a0", "a1~", "result", "rip", "on_insn", "mem.x", "mem.", "foo", "", "n"]
-)
-bad = st.one_of(
-    st.tuples(keys, odd).map("=".join), st.sampled_from([";", "word", "=", "a9=1", "xtrace:", "mem.A=1", "\x00=\x00"])
-)
+keys = st.sampled_from(["tsc", "pcpu", "dom", "op", "a0", "a1~", "result", "rip", "on_insn", "mem.x", "mem.", "foo", "", "n"])
+bad = st.one_of(st.tuples(keys, odd).map("=".join), st.sampled_from([";", "word", "=", "a9=1", "xtrace:", "mem.A=1", "\x00=\x00"]))
 kinds = st.sampled_from([*xtrace_log._KINDS, "call", "sample", "return", "vmexit", "calls", ""])
 prefix = st.sampled_from(["", "(XEN) [  12.3] ", "é(d1) ", "my", "a.", "[1]", "\t", "xtrace:x ", "\x00"])
 record = st.builds(
@@ -430,9 +424,7 @@ def test_release_said_twice():
 
 
 def test_marker_is_a_word():
-    data = (
-        b"myxtrace: call op=1\na.xtrace: call op=1\n[x]xtrace: call op=2\nxtrace:call op=3\n(XEN)xtrace:\tcall op=4\n"
-    )
+    data = b"myxtrace: call op=1\na.xtrace: call op=1\n[x]xtrace: call op=2\nxtrace:call op=3\n(XEN)xtrace:\tcall op=4\n"
     frame, recording = read(data)
     assert frame["op"].to_list() == [2, 4]
     assert recording.ledger.noise_lines == 3
@@ -460,9 +452,7 @@ def test_every_cut():
 def test_long_line():
     record = b"xtrace: call op=1 a0="
     fits = record + b"0" * (MAX_LINE - len(record) - 2) + b" ;"
-    data = (
-        b"x" * (10 << 20) + b" xtrace: call op=9\nxtrace: call op=2\n" + fits + b"\n" + fits + b" \nxtrace: call op=3\n"
-    )
+    data = b"x" * (10 << 20) + b" xtrace: call op=9\nxtrace: call op=2\n" + fits + b"\n" + fits + b" \nxtrace: call op=3\n"
     for batch_rows in (1 << 20, 1000, 1):
         frame, recording = read(data, batch_rows)
         assert frame["op"].to_list() == [2, 3]  # 65k digits are no number

@@ -61,9 +61,7 @@ def windows(data: bytes, result: Result) -> list[tuple[int, int, int]]:
             out.append((start, start + words, pcpu))
             result.skipped += whole - start - words + end - whole
             if found is None:
-                result.truncated = due > len(data) or data[whole:].startswith(
-                    struct.pack("<I", MAGIC)[: end - whole][:4]
-                )
+                result.truncated = due > len(data) or data[whole:].startswith(struct.pack("<I", MAGIC)[: end - whole][:4])
                 result.truncated &= due > len(data) or end - whole < 12
             at = end
         else:

@@ -1,0 +1,1 @@
+"""From continuations to findings."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from xtrace.analyze import judging, outcomes, rules, surface
-from xtrace.analyze.exposure import EXIT_BREAK, EXIT_REVIEW, exit_bits, expose
+from xtrace.analyze import judging, outcomes, rules, surface, wording
+from xtrace.analyze.exposure import exit_bits, expose
 from xtrace.replay.states import States
 from xtrace.schema import ARGS, FINDINGS, empty
 
@@ -72,9 +72,7 @@ class _Result:
     harmless: npt.NDArray[np.bool_]
 
 
-def judge_continuations(
-    frame: pl.DataFrame, context: Context, tally: Tally, *, everything: bool = False
-) -> pl.DataFrame:
+def judge_continuations(frame: pl.DataFrame, context: Context, tally: Tally, *, everything: bool = False) -> pl.DataFrame:
     """Judge continuations against every target.
 
     Args:
@@ -117,8 +115,7 @@ def _judge_group(
     states = States.from_frame(rows)
     issued = States.from_frame(rows, prefix="issued_")
     sides = [
-        judging.read_source(group[0], caller, number, states, issued)
-        for group in judging.classes(number, caller, context.sources)
+        judging.read_source(group[0], caller, number, states, issued) for group in judging.classes(number, caller, context.sources)
     ]
     results = [_agree(sides, targets, role, context) for targets in judging.classes(number, caller, context.targets)]
     side = sides[-1]
@@ -245,63 +242,5 @@ def _pattern(
             judged.reading().gather(members).alias("target_decode"),
         )
         frame = frame.with_columns(subop=pl.col("source_decode").struct.field("subop"))
-        out.append(
-            frame.with_columns(text=_text(name, harmless, side, i, targets)).select(FINDINGS.names()).cast(FINDINGS)
-        )  # type: ignore[arg-type]
+        out.append(frame.with_columns(text=wording.sentence(name, harmless, targets)).select(FINDINGS.names()).cast(FINDINGS))
     return out
-
-
-def _text(name: str, harmless: bool, side: judging.Side, i: int, targets: Sequence[str]) -> pl.Expr:
-    """One sentence for a finding, with its own numbers."""
-
-    def field(which: str, key: str, default: str = "an unknown number of") -> pl.Expr:
-        inner = pl.col(which).struct.field("inner").struct.field(key).cast(pl.String)
-        outer = pl.col(which).struct.field(key).cast(pl.String)
-        chosen = pl.when(pl.col("source_decode").struct.field("inner").struct.field("hypercall").is_not_null()).then(
-            inner
-        )
-        return chosen.otherwise(outer).fill_null(default)
-
-    what = pl.concat_str(
-        pl.when(pl.col("source_decode").struct.field("inner").struct.field("hypercall").is_not_null())
-        .then(pl.lit("inside a multicall: "))
-        .otherwise(pl.lit("")),
-        pl.coalesce(field("source_decode", "subop", ""), pl.lit(""))
-        .replace("", None)
-        .fill_null(field("source_decode", "hypercall", "?")),
-    )
-    done = pl.concat_str(
-        what,
-        pl.lit(" left after "),
-        field("source_decode", "progress"),
-        pl.lit(" "),
-        field("source_decode", "unit", "units"),
-    )
-    target = targets[0] if len(targets) == 1 else f"{targets[0]} to {targets[-1]}"
-    read = pl.concat_str(
-        pl.lit(f"{target} reads "),
-        pl.coalesce(field("target_decode", "subop", ""), pl.lit("")).replace("", None).fill_null(field("target_decode", "hypercall", "no operation")),
-        pl.lit(" with "), field("target_decode", "progress", "an unknown number"), pl.lit(" done"),
-    )  # fmt: skip
-    errno = (
-        pl.when(pl.col("errno").is_null()).then(pl.lit("")).otherwise(pl.concat_str(pl.lit(" with "), pl.col("errno")))
-    )
-    end: dict[str, pl.Expr] = {
-        "absent": pl.concat_str(pl.lit(f"{target} does not implement it for this caller: it ends"), errno),
-        "misdirected": pl.concat_str(read, pl.when(pl.col("errno").is_null()).then(pl.lit("")).otherwise(pl.concat_str(pl.lit(" and ends with "), pl.col("errno")))),
-        "refused": pl.concat_str(pl.lit(f"{target} refuses it"), errno),
-        "skips": pl.concat_str(read, pl.lit(": units in between are never done")),
-        "redoes": pl.concat_str(read, pl.lit(": some units are done twice")),
-        "restarts": pl.lit(f"{target} begins again from 0, " + ("which is harmless" if harmless else "doing done work again")),
-        "lost": pl.lit(f"{target} ends it without error though work held inside the source's Xen was not finished"
-                       + (" (harmless: the target rebuilds that state)" if harmless else "")),
-        "wrong_result": pl.lit(f"{target} finishes it wrongly"),
-        "resumes": pl.lit(f"{target} resumes it"),
-        "undecidable": pl.lit(f"what {target} does with it depends on what the trace does not record"),
-        "unknown": pl.lit(f"not modelled at the source or at {target}"),
-    }  # fmt: skip
-    return pl.concat_str(done, pl.lit("; "), end[name])
-
-
-#: Bits that a single finding may carry.
-FINDING_BITS = EXIT_BREAK | EXIT_REVIEW

@@ -127,9 +127,7 @@ def _one_release(text: Any, what: str) -> str:
         raise UsageError(f"{what} names no release")
     chosen = release.parse(text)
     if len(chosen.releases) != 1:
-        raise UsageError(
-            f"{what}: {text} is a series; name one point release of it, such as {chosen.releases[-1].version}"
-        )
+        raise UsageError(f"{what}: {text} is a series; name one point release of it, such as {chosen.releases[-1].version}")
     return chosen.releases[0].version
 
 

@@ -51,7 +51,7 @@ class FindingStore:
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield the rows in the order in which they were added."""
         for path in self._files:
-            yield pl.read_ipc(path, memory_map=False)
+            yield pl.read_ipc(path)
         yield from self._parts
 
     def frame(self) -> pl.DataFrame:

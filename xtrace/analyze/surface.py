@@ -45,9 +45,7 @@ SEEN: Final = pl.Schema(
 _TOTALS: Final = (2, 64, 512, 4096, 1 << 20)
 
 #: Progress tried: enough to tell any two shifts apart (they differ modulo small powers of two), and large values.
-_PROGRESS: Final = tuple(
-    sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000})
-)
+_PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000}))
 
 
 def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
@@ -71,7 +69,7 @@ def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
         )
         .with_columns(pl.col("caller").cast(pl.String))
         .select(SEEN.names())
-        .cast(SEEN)  # type: ignore[arg-type]
+        .cast(SEEN)
     )
 
 
@@ -185,7 +183,9 @@ def judge(
     out = []
     for group in judging.classes(op, caller, targets):
         seen: dict[str, int] = {}
-        breaking, unknown, caveats = [], [], []
+        breaking: list[str] = []
+        unknown: list[str] = []
+        caveats: list[str] = []
         for b in behaviours:
             name = b.operation
             sub: dict[str, int] = {}

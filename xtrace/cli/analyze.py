@@ -52,7 +52,7 @@ def command(
             traces,
             Options(
                 source=source, targets=tuple(to or ()), callers=callers, tsc_khz=tsc_khz, host_info=host_info,
-                progress=tick,  # type: ignore[arg-type]
+                progress=tick,
             ),
         )  # fmt: skip
     for error in result.failed:

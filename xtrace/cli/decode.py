@@ -134,9 +134,7 @@ def _batch(path: str) -> int:
     bad = False
     try:
         with contextlib.ExitStack() as stack:
-            lines: TextIO = (
-                sys.stdin if path == "-" else stack.enter_context(Path(path).open(encoding="utf-8", errors="replace"))
-            )
+            lines: TextIO = sys.stdin if path == "-" else stack.enter_context(Path(path).open(encoding="utf-8", errors="replace"))
             for chunk in _chunks(lines):
                 for answer in _answers(chunk):
                     bad |= "error" in answer

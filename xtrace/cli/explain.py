@@ -10,9 +10,7 @@ NAME = "explain"
 
 
 def command(
-    code: Annotated[
-        str | None, typer.Argument(metavar="[CODE]", help="A code such as XT001; all of them without one.")
-    ] = None,
+    code: Annotated[str | None, typer.Argument(metavar="[CODE]", help="A code such as XT001; all of them without one.")] = None,
 ) -> int:
     """Say what a finding's code means, why it matters and what to do."""
     from xtrace.analyze import rules

@@ -39,7 +39,7 @@ def command(
         for batch in recording.batches():
             put(batch)
             if tick is not None and len(batch):
-                tick(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[operator,arg-type]
+                tick(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
     item = Input(trace, recording.format, recording.ledger, recording.observed)
     ledger = recording.ledger
     print(

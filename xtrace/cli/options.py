@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
     from typing import TextIO
 
@@ -45,20 +46,17 @@ def parse_callers(values: list[str] | None) -> dict[int | None, str]:
 
 def opened(path: str | None) -> AbstractContextManager[TextIO]:
     """Return standard output, or a file that appears whole or not at all."""
-    import contextlib
     import os
     import sys
     import tempfile
     from pathlib import Path
 
-    @contextlib.contextmanager
+    @contextmanager
     def whole(name: str) -> Iterator[TextIO]:
         target = Path(name)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False
-        ) as tmp:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False) as tmp:
             try:
-                yield tmp
+                yield cast("TextIO", tmp)
                 tmp.flush()
                 os.fsync(tmp.fileno())
             except BaseException:
@@ -69,7 +67,7 @@ def opened(path: str | None) -> AbstractContextManager[TextIO]:
         Path(tmp.name).chmod(0o666 & ~mask)
         Path(tmp.name).replace(target)
 
-    @contextlib.contextmanager
+    @contextmanager
     def standard() -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
@@ -77,8 +75,8 @@ def opened(path: str | None) -> AbstractContextManager[TextIO]:
     return standard() if path is None or path == "-" else whole(path)
 
 
-@__import__("contextlib").contextmanager
-def progress(title: str) -> Iterator[object]:
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None] | None]:
     """Yield a callback (done, total) that draws a bar on a terminal, or None."""
     import sys
 

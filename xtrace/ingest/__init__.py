@@ -1,0 +1,1 @@
+"""Readers: from trace files to events."""

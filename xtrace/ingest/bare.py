@@ -93,9 +93,7 @@ class _Guest:
 #: What follows CALL or CONT -> guest. A PV guest runs as dom0, the PVH guest as the first domU (console "(d1)").
 _GUESTS: Final = {
     "": _Guest("pv64", 0, "control", "hypercall", _call("CALL", _REGS64), _cont("CONT", _CONT64, _REST64), "x86_64", 8),
-    "32": _Guest(
-        "pv32", 0, "control", "hypercall", _call("CALL32", _REGS32), _cont("CONT32", _CONT32, _REST32), None, 4
-    ),
+    "32": _Guest("pv32", 0, "control", "hypercall", _call("CALL32", _REGS32), _cont("CONT32", _CONT32, _REST32), None, 4),
     "H": _Guest("hvm64", 1, "guest", "vmmcall", _call("CALLH", _REGS64), _cont("CONTH", _CONT64, _REST64), "x86_64", 8),
 }
 _VCALL: Final = rf"^V([0-9]+)CALL op={_N} n={_N} ret=(-?[0-9]{{1,19}}) tsc={_N}-{_N}\s*$"
@@ -423,9 +421,7 @@ class _Bare:
             parts[2] = parts[2][:-1]
         return pl.concat(parts).sort("pos")
 
-    def _check_counts(
-        self, calls: pl.DataFrame, seen: np.ndarray[tuple[int], np.dtype[np.int64]], state: _Pass
-    ) -> None:
+    def _check_counts(self, calls: pl.DataFrame, seen: np.ndarray[tuple[int], np.dtype[np.int64]], state: _Pass) -> None:
         """Compare the samples that each finished call announced with its CONT lines."""
         state.seen += int(seen[0])
         if not len(calls):
@@ -448,17 +444,14 @@ class _Bare:
         frame = frame.with_columns(
             time_ns=nanoseconds(
                 frame["tsc"].to_numpy(),
-                np.full(len(frame), self._options.tsc_khz, dtype=np.uint64)
-                if self._options.tsc_khz
-                else frame["khz"].to_numpy(),
+                np.full(len(frame), self._options.tsc_khz, dtype=np.uint64) if self._options.tsc_khz else frame["khz"].to_numpy(),
                 np.ones(len(frame), dtype=bool),
             )
         )
         if "vcpu" not in frame.columns:
             frame = frame.with_columns(vcpu=pl.lit(0))
         return frame.select(
-            (pl.col(name) if name in frame.columns else pl.lit(None)).cast(dtype).alias(name)
-            for name, dtype in _ROWS.items()
+            (pl.col(name) if name in frame.columns else pl.lit(None)).cast(dtype).alias(name) for name, dtype in _ROWS.items()
         )
 
     # -- all vCPUs ---------------------------------------------------------------------------------------------

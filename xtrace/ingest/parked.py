@@ -49,9 +49,7 @@ _FIELDS: Final = {
 }
 _LOOKS: Final = r" ip=\S* .*?\bax="
 # TASK-PID [CPU] flags STAMP: event: (function+…) fields; the task's name may hold anything.
-_LINE: Final = (
-    r"^.*\[([0-9]{1,5})\] (?:\S+ +)?([0-9]{1,20})(?:\.([0-9]{1,9}))?: ([^\s:]+): (?:\((\S+?)(?:\+\S*)?\) )?(.*)$"
-)
+_LINE: Final = r"^.*\[([0-9]{1,5})\] (?:\S+ +)?([0-9]{1,20})(?:\.([0-9]{1,9}))?: ([^\s:]+): (?:\((\S+?)(?:\+\S*)?\) )?(.*)$"
 _LOST: Final = r"^CPU:([0-9]{1,5}) \[LOST ([0-9]{1,18}) EVENTS\]"
 _WRITTEN: Final = r"^# entries-in-buffer/entries-written: ([0-9]{1,18})/([0-9]{1,18}) "
 _FILTER: Final = r"^#.*\bfilter: *ip *== *(0x[0-9a-fA-F]{1,16})\s*$"
@@ -95,9 +93,7 @@ class _Parked:
         if block.cut and len(samples) and samples["line"][-1] == block.line[-1]:
             # The last word may have lost digits; a line that is whole without it has lost nothing that is used.
             last = pl.col("line") == block.line[-1]
-            samples = samples.with_columns(
-                text=pl.when(last).then(pl.col("text").str.replace(r"\S*$", "")).otherwise("text")
-            )
+            samples = samples.with_columns(text=pl.when(last).then(pl.col("text").str.replace(r"\S*$", "")).otherwise("text"))
         good, bad = self._samples(samples)
         lost = self._lost(frame)
         ledger.noise_lines += len(frame) - len(samples) - len(lost)

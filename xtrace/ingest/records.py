@@ -55,9 +55,7 @@ _RIP: Final = 4
 
 _NULLS: Final = 1 << 19
 
-_NUMBER: Final = (
-    0xFFFFF  # TRC_PV_HYPERCALL_V2: bits 19..0 are the hypercall's number, 31..20 say which arguments follow
-)
+_NUMBER: Final = 0xFFFFF  # TRC_PV_HYPERCALL_V2: bits 19..0 are the hypercall's number, 31..20 say which arguments follow
 
 
 def extract(
@@ -220,9 +218,7 @@ def _null(name: str, n: int) -> pl.Series:
     return _nulls(name).head(n) if n <= _NULLS else pl.repeat(None, n, dtype=EVENTS[name], eager=True).alias(name)
 
 
-def frame(
-    rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, first_tsc: int, tsc_khz: int | None
-) -> pl.DataFrame:
+def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, first_tsc: int, tsc_khz: int | None) -> pl.DataFrame:
     """Build a frame of ``schema.EVENTS``.
 
     Args:
@@ -292,7 +288,7 @@ def _arguments(rows: Rows, op: NDArray[np.generic]) -> tuple[NDArray[np.generic]
     bits (``RELEASE-4.17.0:xen/arch/x86/pv/hypercall.c``). It has no argument words, so the word count gives it away:
     arguments are read only where bits and count agree, and a lone word that does not is the number as the guest gave it.
     """
-    code, w0, extra, n = rows["code"], rows["w0"], rows["extra"], len(rows["code"])
+    code, w0, extra = rows["code"], rows["w0"], rows["extra"]
     bits = (w0 >> 20).astype(np.uint16)
     fits = _TOTAL.take(bits) == extra
     ours = (code == _V2) | (code == _SUBCALL)

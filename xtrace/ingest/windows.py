@@ -77,7 +77,7 @@ class WindowIndex:
     first: list[tuple[int, int]] = field(default_factory=list)  # (payload offset, bytes)
     truncated: int | None = None  # offset of the payload that the end of the file cuts short
     _store: tempfile.SpooledTemporaryFile[bytes] = field(
-        default_factory=lambda: tempfile.SpooledTemporaryFile(max_size=1 << 24, prefix="xtrace-")
+        default_factory=lambda: tempfile.SpooledTemporaryFile(max_size=1 << 24, prefix="xtrace-")  # noqa: SIM115
     )
     _runs: list[_Run] = field(default_factory=list)
     _entries: int = 0
@@ -300,9 +300,7 @@ class _Scan:
                 note(f"the file ends {due - self.size} bytes before the window of pCPU {pcpu} does", offset=self.size)
                 return end
             if due > end:
-                note(
-                    f"a window header stands {due - end} bytes before the end of the window of pCPU {pcpu}", offset=end
-                )
+                note(f"a window header stands {due - end} bytes before the end of the window of pCPU {pcpu}", offset=end)
                 return end
         else:
             whole = payload

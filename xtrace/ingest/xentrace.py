@@ -183,9 +183,7 @@ class XentraceRecording:
         start = np.empty(len(offset), dtype=np.int64)
         start[in_file] = self._read(offset[in_file], size[in_file])
         end = start + size // 4
-        pos, counts, stops = walk(
-            self._words, start[in_file], end[in_file], self._marks, self._layout.likely, self._block
-        )
+        pos, counts, stops = walk(self._words, start[in_file], end[in_file], self._marks, self._layout.likely, self._block)
         count, stop = np.empty_like(counts), np.empty_like(stops)
         count[in_file], stop[in_file] = counts, stops
         if len(dense) > 1 and not (in_file[1:] > in_file[:-1]).all():

@@ -279,9 +279,7 @@ class Clock:
             .with_columns(tsc=pl.coalesce(pl.col("tsc").forward_fill().over("group"), "last"))
             .with_columns(before=pl.coalesce(pl.col("tsc").shift(1).over("group"), "last"))
             .with_columns(step=(pl.col("tsc") < pl.col("before")).fill_null(value=False).cast(pl.UInt32))
-            .with_columns(
-                segment=(pl.col("step").cum_sum().over("group") + pl.col("base").fill_null(0)).cast(pl.UInt32)
-            )
+            .with_columns(segment=(pl.col("step").cum_sum().over("group") + pl.col("base").fill_null(0)).cast(pl.UInt32))
         )
         now = frame.select("group", last="tsc", base="segment")
         self._last = pl.concat([self._last, now]).unique("group", keep="last", maintain_order=True)
@@ -385,13 +383,9 @@ class _Log:
 
     def _headers(self, lines: pl.DataFrame, notes: list[tuple[int, int, str]]) -> _Updates:
         """Read header and domain lines (few, so one at a time) and return what they change from which line on."""
-        updates = _Updates(
-            [0], [self._khz], [0] * len(self._callers), list(self._callers), list(self._callers.values())
-        )
+        updates = _Updates([0], [self._khz], [0] * len(self._callers), list(self._callers), list(self._callers.values()))
         for kind, line, offset, words in (
-            lines.filter(pl.col("kind").is_in(["header", "domain"]))
-            .select("kind", "line", "offset", "words")
-            .iter_rows()
+            lines.filter(pl.col("kind").is_in(["header", "domain"])).select("kind", "line", "offset", "words").iter_rows()
         ):
             try:
                 pairs = _pairs(words)
@@ -503,11 +497,7 @@ class _Log:
             .when(kind.is_in(_ENTRIES) & ~pl.col("row").is_in(words.filter(id=_KEY_ID["op"])["row"].implode()))
             .then(pl.format("a {} without op=", kind)),
         )
-        bad = (
-            pl.concat([whole, words.select("row", "why")])
-            .drop_nulls("why")
-            .unique("row", keep="first", maintain_order=True)
-        )
+        bad = pl.concat([whole, words.select("row", "why")]).drop_nulls("why").unique("row", keep="first", maintain_order=True)
         return words.select("row", "key", "id", "value", "neg"), bad
 
     def _refuse(self, lines: pl.DataFrame, bad: pl.DataFrame, notes: list[tuple[int, int, str]]) -> int:
@@ -525,9 +515,7 @@ class _Log:
             return
         places = lines.select("row", "line", "offset")
         for key, line, offset in (
-            strange.head(_MAX_NOTED_KEYS * 2)
-            .join(places, on="row", maintain_order="left")
-            .select("key", "line", "offset")
+            strange.head(_MAX_NOTED_KEYS * 2).join(places, on="row", maintain_order="left").select("key", "line", "offset")
         ).iter_rows():
             if self._note(key):
                 notes.append((line, offset, f"unknown key {_show(key)} was ignored"))
@@ -559,8 +547,7 @@ class _Log:
         for bit, key_id in enumerate(_CUT_IDS):
             cut[at[ids == key_id]] |= np.uint8(1 << bit)
         args = {
-            f"arg{k}": pl.select(pl.coalesce(column(f"a{k}", pl.UInt64), column(f"a{k}~", pl.UInt64))).to_series()
-            for k in range(6)
+            f"arg{k}": pl.select(pl.coalesce(column(f"a{k}", pl.UInt64), column(f"a{k}~", pl.UInt64))).to_series() for k in range(6)
         }
         frame = pl.DataFrame(
             {

@@ -1,0 +1,1 @@
+"""From events to calls and continuations, through the modelled hypervisor."""

@@ -94,7 +94,7 @@ class Account:
         out = pl.concat(parts).sort("_row")
         for name, n in out.group_by("status").len().iter_rows():
             self.counts[name] = self.counts.get(name, 0) + n
-        return out.select(ACCOUNT.names()).cast(ACCOUNT)  # type: ignore[arg-type]
+        return out.select(ACCOUNT.names()).cast(ACCOUNT)
 
     def _part(self, part: pl.DataFrame, op: int, caller: str) -> pl.DataFrame:
         xen = Hypervisor(self.release, caller)
@@ -117,23 +117,17 @@ class Account:
         self._look(part, op, xen, read, states, issued)
         return frame
 
-    def _look(
-        self, part: pl.DataFrame, op: int, xen: Hypervisor, read: hv.Decoded, states: States, issued: States
-    ) -> None:
+    def _look(self, part: pl.DataFrame, op: int, xen: Hypervisor, read: hv.Decoded, states: States, issued: States) -> None:
         """Keep the earliest row that cannot be explained."""
         name = facts.hypercall_names().get(op, str(op))
         # A call of something that the release does not have is explained: it fails. A continuation of it, or one that
         # succeeded, is not.
         bad = (
             np.isin(read.status, (hv.ABSENT, hv.UNMATCHED))
-            & part.select(pl.col("continuation").is_not_null() | (pl.col("returned") >= 0).fill_null(False))
-            .to_series()
-            .to_numpy()
+            & part.select(pl.col("continuation").is_not_null() | (pl.col("returned") >= 0).fill_null(False)).to_series().to_numpy()
         )
         if read.hypercall.status == "absent":
-            self._note(
-                part, bad, f"{name} is called", f"{name} is not in the {xen.caller} hypercall table of {self.release}"
-            )
+            self._note(part, bad, f"{name} is called", f"{name} is not in the {xen.caller} hypercall table of {self.release}")
         else:
             numbers = read.number[bad]
             self._note(part, bad, f"{name} with sub-operation {numbers[0] if len(numbers) else '?'}",
@@ -158,9 +152,7 @@ class Account:
         for i in np.flatnonzero(wrong)[:1]:
             self._note(part, wrong, f"a continuation of {name}", detail.get(int(i), "other registers"))
 
-    def _note(
-        self, part: pl.DataFrame, rows: np.ndarray[tuple[int], np.dtype[np.bool_]], what: str, expected: str
-    ) -> None:
+    def _note(self, part: pl.DataFrame, rows: np.ndarray[tuple[int], np.dtype[np.bool_]], what: str, expected: str) -> None:
         if not rows.any():
             return
         row = part.row(int(np.flatnonzero(rows)[0]), named=True)

@@ -47,9 +47,7 @@ class CallerFill:
         known = pl.col("caller")
         told: pl.Expr = pl.lit(None, dtype=EVENTS["caller"])
         if self.domains:
-            told = pl.col("domid").replace_strict(
-                {k: v for k, v in self.domains.items()}, default=None, return_dtype=EVENTS["caller"]
-            )
+            told = pl.col("domid").replace_strict(dict(self.domains), default=None, return_dtype=EVENTS["caller"])
         if self.everyone:
             # A domain named on its own goes before the one word for all.
             told = pl.coalesce(told, pl.lit(self.everyone, dtype=EVENTS["caller"]))
@@ -57,10 +55,7 @@ class CallerFill:
         open_ = out.get_column("caller").is_null()
         if open_.any():
             by_kind = (
-                pl.when(pl.col("kind") == "hypercall")
-                .then(pl.lit(_PV))
-                .when(pl.col("kind") == "vmmcall")
-                .then(pl.lit(_HVM))
+                pl.when(pl.col("kind") == "hypercall").then(pl.lit(_PV)).when(pl.col("kind") == "vmmcall").then(pl.lit(_HVM))
             ).cast(EVENTS["caller"])
             out = out.with_columns(pl.coalesce("caller", by_kind).alias("caller"))
             if not {c for _, c in self.used | _pairs(out)} <= {_PV}:
@@ -80,19 +75,13 @@ class CallerFill:
         entry = pl.col("kind").is_in(["hypercall", "vmmcall"])
         last = events.filter(entry).group_by("domid", "vcpu").agg(pl.col("caller").last())
         carried = self._last
-        self._last = (
-            last
-            if carried is None
-            else pl.concat([carried, last]).group_by("domid", "vcpu").agg(pl.col("caller").last())
-        )
+        self._last = last if carried is None else pl.concat([carried, last]).group_by("domid", "vcpu").agg(pl.col("caller").last())
         if not events.select((pl.col("kind") == "subcall") & pl.col("caller").is_null()).to_series().any():
             return events
         rows = events.select("domid", "vcpu", "kind", "caller")
         old = 0
         if carried is not None:
-            rows = pl.concat(
-                [carried.with_columns(kind=pl.lit("hypercall", dtype=EVENTS["kind"])).select(rows.columns), rows]
-            )
+            rows = pl.concat([carried.with_columns(kind=pl.lit("hypercall", dtype=EVENTS["kind"])).select(rows.columns), rows])
             old = len(carried)
         filled = rows.select(pl.when(entry).then("caller").forward_fill().over("domid", "vcpu")).to_series()[old:]
         return events.with_columns(

@@ -215,9 +215,7 @@ class Hypercall:
         return (
             self.status,
             self.absent_errno,
-            None
-            if d is None
-            else (d.mask, d.shift, d.width, d.unmatched, d.checks, d.command_bits, d.guard, d.sign_extend),
+            None if d is None else (d.mask, d.shift, d.width, d.unmatched, d.checks, d.command_bits, d.guard, d.sign_extend),
             tuple(b.ident for _, b in sorted(self.by_number.items())),
             None if self.never_operations is None else tuple(sorted(self.never_operations)),
         )
@@ -385,9 +383,7 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
     if present is None:
         absent = _only((r for r in doc.get("absent", []) if _covers(r, release, caller, model)), f"{where}, absent")
         errno = (absent or {}).get("absent_errno", "-ENOSYS")
-        return facts(
-            "absent", f"{head['name']} is not in the {caller} hypercall table of {release}", absent_errno=errno
-        )
+        return facts("absent", f"{head['name']} is not in the {caller} hypercall table of {release}", absent_errno=errno)
     dispatch = None
     if head.get("command"):
         row = _only((r for r in doc.get("dispatch", []) if _covers(r, release, caller, model)), f"{where}, dispatch")

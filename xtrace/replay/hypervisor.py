@@ -199,11 +199,7 @@ class Hypervisor:
                                 (total, read.total)):  # fmt: skip
                 column.value[rows], column.known[rows] = got.value, got.known
             marked[rows] = read.marked
-            if (
-                b.codec in ("none", "hypervisor", "restart")
-                and call.dispatch is not None
-                and call.dispatch.shift is not None
-            ):
+            if b.codec in ("none", "hypervisor", "restart") and call.dispatch is not None and call.dispatch.shift is not None:
                 # Not used by this operation, but this is what stands where progress stands.
                 stray = part.at("arg0").value >> np.uint64(call.dispatch.shift)
                 shown = stray != 0

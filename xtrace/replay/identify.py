@@ -21,9 +21,7 @@ __all__ = ("possible",)
 @cache
 def _events() -> tuple[tuple[frozenset[int], frozenset[str]], ...]:
     text = resources.files("xtrace.replay").joinpath("abi", "trace_events.toml").read_text("utf-8")
-    return tuple(
-        (frozenset(row["ids"]), release.expand(tuple(row["releases"]))) for row in tomllib.loads(text)["event"]
-    )
+    return tuple((frozenset(row["ids"]), release.expand(tuple(row["releases"]))) for row in tomllib.loads(text)["event"])
 
 
 def possible(event_ids: Iterable[int]) -> tuple[str, ...]:

@@ -231,4 +231,5 @@ def link(
 
 def is_iret(op: npt.NDArray[np.uint32]) -> Mask:
     """Return the rows that are iret hypercalls."""
-    return op == _IRET
+    out: Mask = op == _IRET
+    return out

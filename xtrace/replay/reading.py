@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import polars as pl
 
-from xtrace.replay import hypervisor as hv
 from xtrace.replay.states import Column, States, nullable
 from xtrace.schema import INNER
 
@@ -35,9 +34,7 @@ def reading(d: Decoded, inner: pl.Series | None = None) -> pl.Series:
     homes = pl.Series([*(_home(b.codec) for b in d.behaviours), None], dtype=pl.String)
     home = homes.gather(which)
     if (d.special >= 0).any():
-        home = pl.select(
-            pl.when(pl.lit(pl.Series(d.special >= 0))).then(pl.lit("hypervisor")).otherwise(home)
-        ).to_series()
+        home = pl.select(pl.when(pl.lit(pl.Series(d.special >= 0))).then(pl.lit("hypervisor")).otherwise(home)).to_series()
     frame = pl.DataFrame(
         {
             "hypercall": pl.repeat(d.hypercall.name, n, dtype=pl.String, eager=True),
@@ -102,15 +99,8 @@ def inner_states(
         if number >= 1 << 32:
             continue
         args = tuple(s.at(f"mem.entry.arg{k}").take(rows) for k in range(6))
-        memory = {
-            k.removeprefix("entry.memory."): v.take(rows) for k, v in s.memory.items() if k.startswith("entry.memory.")
-        }
+        memory = {k.removeprefix("entry.memory."): v.take(rows) for k, v in s.memory.items() if k.startswith("entry.memory.")}
         if "pdone" in s.memory and "pdone" not in memory:
             memory["pdone"] = s.memory["pdone"].take(rows)
         mark = result.known[rows] & (result.value[rows] == number)
         yield int(number), rows, States(args, memory), mark
-
-
-def modelled(d: Decoded) -> npt.NDArray[np.bool_]:
-    """Return the rows that are decoded to an operation."""
-    return d.status == hv.MODELLED

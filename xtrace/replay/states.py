@@ -108,9 +108,7 @@ class States:
         return States(tuple(args), memory, self.cut)
 
     @classmethod
-    def of(
-        cls, args: Sequence[Sequence[int | None]], memory: Mapping[str, Sequence[int | None]] | None = None
-    ) -> States:
+    def of(cls, args: Sequence[Sequence[int | None]], memory: Mapping[str, Sequence[int | None]] | None = None) -> States:
         """Build states from Python rows: one sequence of up to six arguments for each state."""
         rows = [list(a) + [None] * (6 - len(a)) for a in args]
         columns = tuple(Column.of([r[k] for r in rows]) for k in range(6))

@@ -198,9 +198,7 @@ class Stitcher:
         before = nullable("", np.minimum(begin, old - 1).astype(np.uint32), seen & (begin < old))
         earlier = self._tail.select(pl.col(list(_ISSUED)).gather(before))
         mask = pl.Series(begin < old)
-        return pl.select(
-            *(pl.when(mask).then(earlier.get_column(c)).otherwise(own.get_column(c)).alias(c) for c in _ISSUED)
-        )
+        return pl.select(*(pl.when(mask).then(earlier.get_column(c)).otherwise(own.get_column(c)).alias(c) for c in _ISSUED))
 
     def _keep(
         self,
@@ -243,7 +241,8 @@ def _last(*group: npt.NDArray[np.uint32]) -> Rows:
     change = np.zeros(len(order) - 1, bool)
     for g in group:
         change |= g[order[1:]] != g[order[:-1]]
-    return order[np.append(change, True)]
+    last: Rows = order[np.append(change, True)]
+    return last
 
 
 def _resumed(sub: Mask, op: npt.NDArray[np.uint32], key: npt.NDArray[np.uint32], multi: npt.NDArray[np.int8]) -> Mask:

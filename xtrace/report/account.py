@@ -50,9 +50,7 @@ def write_text(rows: pl.DataFrame, out: TextIO) -> None:
         pl.when(pl.col("continuation").is_null()).then(pl.lit(""))
         .otherwise(pl.concat_str(pl.lit("  continuation, "), pl.col("continuation")))
     )  # fmt: skip
-    line = pl.concat_str(
-        place, pl.lit("  "), who, pl.lit("  "), pl.col("kind"), pl.lit("  "), name, done, status, again
-    )
+    line = pl.concat_str(place, pl.lit("  "), who, pl.lit("  "), pl.col("kind"), pl.lit("  "), name, done, status, again)
     for text in rows.select(line).to_series():
         out.write(f"{text}\n")
 

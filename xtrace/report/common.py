@@ -83,8 +83,7 @@ def sentence(result: Result) -> str:
     if set(by) == {"safe"}:
         return f"Safe from {source} to {release.fold_text(by['safe'])} for {what}{tail}."
     parts = [f"{words[v]} {release.fold_text(by[v])}" for v in ("breaks", "review", "safe") if v in by]
-    text = f"From {source}: {', '.join(parts)}, for {what}{tail}."
-    return text
+    return f"From {source}: {', '.join(parts)}, for {what}{tail}."
 
 
 def summary(result: Result) -> dict[str, Any]:
@@ -109,9 +108,7 @@ def decode(d: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     inner = d.get("inner")
     out = {k: d[k] for k in _DECODE}
-    out["inner"] = (
-        None if inner is None or inner["hypercall"] is None else {**{k: inner[k] for k in _DECODE}, "inner": None}
-    )
+    out["inner"] = None if inner is None or inner["hypercall"] is None else {**{k: inner[k] for k in _DECODE}, "inner": None}
     return out
 
 

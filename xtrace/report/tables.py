@@ -72,9 +72,7 @@ def _csv(path: Path, schema: pl.Schema) -> Iterator[Callable[[pl.DataFrame], Non
         def put(frame: pl.DataFrame) -> None:
             nonlocal first
             flat = frame.with_columns(
-                pl.col(name).map_elements(_object, return_dtype=pl.String)
-                for name, t in schema.items()
-                if t.is_nested()
+                pl.col(name).map_elements(_object, return_dtype=pl.String) for name, t in schema.items() if t.is_nested()
             )
             flat.write_csv(out, include_header=first)
             first = False

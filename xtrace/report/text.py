@@ -38,9 +38,7 @@ def write_text(result: Result, out: TextIO, *, verbose: bool = False, width: int
     """
     from rich.console import Console
 
-    console = Console(
-        file=out, width=width or (None if out.isatty() else 100), highlight=False, soft_wrap=not out.isatty()
-    )
+    console = Console(file=out, width=width or (None if out.isatty() else 100), highlight=False, soft_wrap=not out.isatty())
     verdict = common.summary(result)["verdict"]
     console.print(_safe(common.sentence(result)), style=f"bold {_COLOURS.get(verdict, 'yellow')}")
     for line in result.assumptions:
@@ -131,9 +129,7 @@ def _one(row: dict[str, Any], console: Console, result: Result) -> None:
     console.print(f"    {_safe(row['text'])}")
     place = f"line {row['line']}" if row["line"] is not None else f"byte {row['offset']:,}"
     path = result.inputs[row["input"]].path
-    args = " ".join(
-        f"{a}={v:#x}" if v is not None else f"{a}=?" for a, v in zip(ARGS, row["args"], strict=True) if v is not None
-    )
+    args = " ".join(f"{a}={v:#x}" if v is not None else f"{a}=?" for a, v in zip(ARGS, row["args"], strict=True) if v is not None)
     console.print(f"    first at {_safe(path)}: {place}: {args or 'no argument recorded'}")
     console.print(f"      source {_safe(_decoding(row['source_decode']))}")
     console.print(f"      target {_safe(_decoding(row['target_decode']))}")
