@@ -1,0 +1,138 @@
+"""The fact files: complete, consistent, cited; and no code that knows a release."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from xtrace import release
+from xtrace.replay import facts
+from xtrace.replay.codecs import CODECS
+
+ROOT = Path(__file__).parents[2]
+ABI = ROOT / "xtrace" / "replay" / "abi"
+FULL = sorted(ABI / name for name in facts.files().values())
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda p: p.stem)
+def test_every_release_and_caller_is_answered(path: Path) -> None:
+    doc = tomllib.loads(path.read_text())
+    number = doc["hypercall"]["number"]
+    modelled = release.expand(tuple(doc["model"]["releases"]))
+    for r in release.releases():
+        for caller in doc["model"]["callers"]:
+            call = facts.lookup(r.version, caller, number)
+            # Outside its model a file says that it does not know.
+            assert (call.status == "unknown") == (r.version not in modelled)
+            for b in call.by_number.values():
+                assert b.codec in CODECS
+                assert b.cites
+                assert b.guard in ("any", "device_model", "control")
+                assert set(b.caveats) <= {"machine_frames", "domids"}
+    assert facts.lookup("4.17.7", "arm64", number).status == "unknown"
+
+
+@pytest.mark.parametrize("path", [*FULL, ABI / "never.toml"], ids=lambda p: p.stem)
+def test_cites(path: Path) -> None:
+    """Each cite that is used exists, names a real tag, and has what proves the fact."""
+    text = path.read_text()
+    doc = tomllib.loads(text)
+    cites = doc["cite"]
+    tags = {t for r in release.releases() for t in (r.tag, *r.also)}
+    used: set[str] = set()
+
+    def walk(node: object) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                if key == "cite" and isinstance(value, list):
+                    used.update(value)
+                elif key == "inner_operations":
+                    used.update(set(value.values()) & set(cites))  # the cite of an inner number bears its name
+                elif key != "cite":
+                    walk(value)
+        elif isinstance(node, list):
+            for value in node:
+                walk(value)
+
+    walk({k: v for k, v in doc.items() if k != "cite"})
+    assert used <= set(cites)
+    assert set(cites) <= used, "cites that nothing uses"
+    for name, cite in cites.items():
+        assert {cite["tag"], *cite.get("also", [])} <= tags, name
+        assert cite["path"].startswith(("xen/", "tools/")), name
+        assert cite["symbol"], name
+        assert cite.get("expect") or cite.get("lacks"), name
+        assert re.fullmatch(r"[0-9a-f]{10,40}", cite.get("commit", "0" * 12)), name
+
+
+def test_every_hypercall_is_spoken_about_once() -> None:
+    """A full file, never, maybe or undefined: "not in the table" never has two meanings."""
+    doc = tomllib.loads((ABI / "never.toml").read_text())
+    never, maybe, undefined = doc["never"], doc["maybe"], doc["undefined"]
+
+    def rows(table: list[dict[str, object]], number: int, version: str, caller: str) -> list[dict[str, object]]:
+        return [
+            row
+            for row in table
+            if row["number"] == number
+            and caller in row.get("callers", ("pv64", "hvm64"))  # type: ignore[operator]
+            and version in release.expand(tuple(row["releases"]))  # type: ignore[arg-type]
+        ]
+
+    for r in (r for r in release.releases() if r.version in facts.modelled_releases()):
+        for caller in ("pv64", "hvm64"):
+            for number in range(64):
+                if number in facts.files():
+                    continue
+                found = [rows(t, number, r.version, caller) for t in (never, maybe, undefined)]
+                whole = [row for part in found for row in part if "operations" not in row]
+                split = [row for part in found for row in part if "operations" in row]
+                assert len(whole) + bool(split) == 1, (number, r.version, caller)
+
+
+def test_unknown_and_never() -> None:
+    assert facts.lookup("4.17.7", "pv64", 36).status == "unknown"  # domctl continues, and is not modelled yet
+    assert facts.lookup("4.17.7", "pv64", 29).status == "never"  # sched_op
+    assert facts.lookup("4.17.7", "pv32", 12).status == "unknown"
+    assert facts.lookup("3.1.0", "pv64", 12).status == "unknown"
+    evtchn = facts.lookup("4.17.7", "pv64", 32)
+    assert evtchn.never_operations is not None
+    assert 4 in evtchn.never_operations  # EVTCHNOP_send
+    assert 10 not in evtchn.never_operations  # EVTCHNOP_reset
+
+
+def test_point_releases_matter() -> None:
+    """EVTCHNOP_reset is preemptible from XSA-344 on, backported to 4.12.4, 4.13.2 and 4.14.1."""
+    for version, never in (("4.12.3", True), ("4.12.4", False), ("4.13.1", True), ("4.13.2", False), ("4.14.0", True)):
+        call = facts.lookup(version, "pv64", 32)
+        assert (call.never_operations is None) == never, version
+
+
+def test_no_code_compares_releases() -> None:
+    """Whatever differs between releases is looked up (DESIGN §4)."""
+    literal = re.compile(r"""["'][34]\.\d{1,2}(\.\d+)?["']""")
+    allowed = {"release.py"}  # the spelling of versions is its subject
+    for path in sorted((ROOT / "xtrace").rglob("*.py")):
+        if path.name in allowed or path.name == "config.py":  # an example in an error message
+            continue
+        code = re.sub(r'""".*?"""', "", path.read_text(), flags=re.S)
+        code = re.sub(r"#.*", "", code)
+        assert not literal.search(code), (path, literal.search(code))
+
+
+def test_tables_agree_with_the_files() -> None:
+    """The hypercall tables extracted by script say the same about who has a hypercall as the curated files."""
+    doc = tomllib.loads((ABI / "tables.toml").read_text())
+    for number, name in facts.files().items():
+        own = tomllib.loads((ABI / name).read_text())
+        for caller in own["model"]["callers"]:
+            listed: set[str] = set()
+            for row in doc["present"]:
+                if row["number"] == number and caller in row["callers"]:
+                    listed |= release.expand(tuple(row["releases"]))
+            for version in facts.modelled_releases():
+                status = facts.lookup(version, caller, number).status
+                assert (status == "modelled") == (version in listed), (name, caller, version)
