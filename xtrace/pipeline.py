@@ -11,7 +11,7 @@ import polars as pl
 from xtrace import config, release
 from xtrace.analyze import exposure, findings, surface
 from xtrace.analyze import targets as targets_mod
-from xtrace.analyze.store import FindingStore
+from xtrace.analyze.store import FrameStore
 from xtrace.errors import InputError, InputErrors, UsageError
 from xtrace.ingest import registry
 from xtrace.ingest.base import Ledger, Observed, ReadOptions, Recording
@@ -20,7 +20,7 @@ from xtrace.replay import facts, identify
 from xtrace.replay.account import Account
 from xtrace.replay.callers import CallerFill
 from xtrace.replay.stitch import Stitcher
-from xtrace.schema import CALLERS, CALLS
+from xtrace.schema import CALLERS, CALLS, CONTINUATIONS, FINDINGS
 
 if TYPE_CHECKING:
     import os
@@ -123,7 +123,7 @@ class Result:
     calls: int
     proved: int
     inferred: int
-    store: FindingStore
+    store: FrameStore
     calls_table: pl.DataFrame | None = None
     failed: list[InputError] = field(default_factory=list)
 
@@ -166,14 +166,19 @@ def open_input(path: str | os.PathLike[str], options: Options) -> tuple[Source, 
     """
     source = Source(path)
     try:
-        recording = registry.detect(source).open(source, ReadOptions(options.batch_rows, options.tsc_khz))
+        return source, _recording(source, options)
     except Exception:
         source.close()
         raise
+
+
+def _recording(source: Source, options: Options) -> Recording:
+    """Begin to read a source, from its first byte; a source may be read several times."""
+    recording = registry.detect(source).open(source, ReadOptions(options.batch_rows, options.tsc_khz))
     if source.damage:
         recording.ledger.truncated = True
         recording.ledger.problem(source.damage, offset=source.size)
-    return source, recording
+    return recording
 
 
 def events(path: str | os.PathLike[str], options: Options | None = None) -> Iterator[pl.DataFrame]:
@@ -225,7 +230,7 @@ class _Run:
         self.seen: list[pl.DataFrame] = []
         self.assumptions: dict[str, None] = {}
         self.notes: dict[str, None] = {}
-        self.store = FindingStore()
+        self.store = FrameStore(FINDINGS)
         self.targets: targets_mod.Targets | None = None
         self.tally: findings.Tally | None = None
         self.sources: tuple[str, ...] = ()
@@ -237,18 +242,26 @@ class _Run:
         """Read one input through to findings."""
         sidecar = config.load_sidecar(path)
         khz = self._khz(sidecar)
-        source, recording = open_input(path, _with_khz(self.options, khz))
-        with source:
+        options = _with_khz(self.options, khz)
+        with Source(path) as source:
+            recording = _recording(source, options)
             item = Input(str(path), recording.format, recording.ledger, recording.observed, tsc_khz=khz)
-            self.inputs.append(item)
-            self._release(item, sidecar, path)
+            if not self._release(item, sidecar):
+                # Its header may stand anywhere in a text log, and every record helps to tell the era of a binary one.
+                for _ in recording.batches():
+                    pass
+                self._release_from(item)
+                recording = _recording(source, options)
+                item.ledger, item.observed = recording.ledger, recording.observed
+            self.sources = item.sources
             self._domains(item, sidecar)
-            if item.tsc_khz is None and recording.observed.tsc_khz is not None:
-                item.tsc_khz = recording.observed.tsc_khz
             targets = targets_mod.choose(item.sources, self.options.targets)
             if self.targets is None or self.targets.versions != targets.versions:
                 self._aim(targets)
+            self.inputs.append(item)
             self._stream(index, item, source, recording)
+            if item.tsc_khz is None:
+                item.tsc_khz = recording.observed.tsc_khz
 
     def _khz(self, sidecar: config.Sidecar | None) -> int | None:
         for value in (self.options.tsc_khz, sidecar and sidecar.tsc_khz, self.host and self.host.tsc_khz):
@@ -263,32 +276,34 @@ class _Run:
         for note in targets.notes:
             self.notes[note] = None
 
-    def _release(self, item: Input, sidecar: config.Sidecar | None, path: str | os.PathLike[str]) -> None:
-        """Find out which release wrote the trace, and say from where that is known."""
-        origin: str
-        chosen = self.given
-        if chosen is not None:
-            origin = "--from"
+    def _release(self, item: Input, sidecar: config.Sidecar | None) -> bool:
+        """Take the release from outside the trace, if it is said there."""
+        if self.given is not None:
+            chosen, item.source_origin = self.given, "--from"
         elif sidecar is not None and sidecar.release:
-            chosen, origin = release.parse(sidecar.release), f"the sidecar {sidecar.path}"
+            chosen, item.source_origin = release.parse(sidecar.release), f"the sidecar {sidecar.path}"
         elif self.host is not None and self.host.release:
-            chosen, origin = release.parse(self.host.release), f"{self.options.host_info}"
+            chosen, item.source_origin = release.parse(self.host.release), str(self.options.host_info)
         else:
-            # The header of a text log may stand anywhere in it, and every record helps to tell the era of a binary one.
-            observed = item.observed if item.observed.release else _observe(path, self.options)
-            if observed.release:
-                chosen, origin = release.parse(observed.release), "the trace's own header"
-            else:
-                item.sources, origin = _possible(path, observed)
-                self.assumptions[
-                    f"nothing says which release wrote {item.path}: judged for each of {release.fold_text(item.sources)} ({origin})"
-                ] = None
-        if chosen is not None:
-            item.sources = tuple(r.version for r in chosen.releases)
-            if chosen.note:
-                self.notes[chosen.note] = None
-        item.source_origin = origin
-        self.sources = item.sources
+            return False
+        self._chosen(item, chosen)
+        return True
+
+    def _release_from(self, item: Input) -> None:
+        """Take the release from the trace's own header, else every one that its records leave possible."""
+        if item.observed.release:
+            item.source_origin = "the trace's own header"
+            self._chosen(item, release.parse(item.observed.release))
+            return
+        item.sources = _possible(item)
+        item.source_origin = f"record layout {item.observed.layout or 'of no era of its own'}"
+        said = f"nothing says which release wrote {item.path}: judged for each of {release.fold_text(item.sources)}"
+        self.assumptions[f"{said} ({item.source_origin})"] = None
+
+    def _chosen(self, item: Input, chosen: release.Selection) -> None:
+        item.sources = tuple(r.version for r in chosen.releases)
+        if chosen.note:
+            self.notes[chosen.note] = None
 
     def _domains(self, item: Input, sidecar: config.Sidecar | None) -> None:
         """Gather what is known of the domains: the user goes before the sidecar, the sidecar before the recording."""
@@ -304,6 +319,13 @@ class _Run:
         item.domains = known
         self.roles.update({key: role for key, (_, role) in known.items()})
 
+    def _heard(self, item: Input, observed: Observed) -> None:
+        """Take the roles that the input itself told while it was read, where nothing better is known."""
+        for domid, d in observed.domains.items():
+            caller, role = item.domains.get(domid, (None, None))
+            item.domains[domid] = (caller or d.caller, role or d.role)
+            self.roles[domid] = role or d.role
+
     def _stream(self, index: int, item: Input, source: Source, recording: Recording) -> None:
         tally = self.tally
         assert tally is not None
@@ -314,27 +336,23 @@ class _Run:
         )
         stitcher = Stitcher(item.sources[-1], calls=self.calls)
         context = findings.Context(item.sources, self.targets.versions, self.targets.rollback, self.roles)
-        waiting: list[pl.DataFrame] = []
-
-        def judge(at_least: int) -> None:
-            # Judging has a cost for each kind of continuation: do it for many at a time.
-            if waiting and sum(map(len, waiting)) >= at_least:
-                rows = pl.concat(waiting).with_columns(input=pl.lit(index, dtype=pl.UInt32))
-                self.store.add(findings.judge_continuations(rows, context, tally))
-                waiting.clear()
-
+        # Judged once everything is read: what the input says of its domains may stand at its end.
+        found = FrameStore(CONTINUATIONS)
         for batch in recording.batches():
             stitched = stitcher.feed(fill.fill(batch))
             self.seen.append(surface.collect(stitched.entries, index))
             if len(self.seen) > 64:
                 self.seen = [surface.merge(self.seen)]
-            waiting.append(stitched.continuations)
-            judge(_JUDGE_ROWS)
+            found.add(stitched.continuations)
             if self.options.keep_calls:
                 self.tables.append(_call_rows(stitched.entries))
             if self.options.progress is not None and len(batch):
                 self.options.progress(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
-        judge(1)
+        self._heard(item, recording.observed)
+        for rows in found.batches():
+            for part in rows.iter_slices(_JUDGE_ROWS):
+                part = part.with_columns(input=pl.lit(index, dtype=pl.UInt32))
+                self.store.add(findings.judge_continuations(part, context, tally))
         self.calls = stitcher.calls
         self.proved += stitcher.proved
         self.inferred += stitcher.inferred
@@ -461,25 +479,13 @@ def _with_khz(options: Options, khz: int | None) -> Options:
     return replace(options, tsc_khz=khz)
 
 
-def _observe(path: str | os.PathLike[str], options: Options) -> Observed:
-    """Read a whole input for what it says of itself: a batch at its beginning might not have said it yet."""
-    if str(path) == "-":
-        raise UsageError("standard input is read once: name the release with --from")
-    source, recording = open_input(path, options)
-    with source:
-        for _ in recording.batches():
-            pass
-    return recording.observed
-
-
-def _possible(path: str | os.PathLike[str], observed: Observed) -> tuple[tuple[str, ...], str]:
-    """Return the releases that the record layouts of a trace leave possible."""
-    versions = identify.possible(observed.event_ids)
+def _possible(item: Input) -> tuple[str, ...]:
+    """Return the releases that the records of a trace leave possible."""
+    versions = identify.possible(item.observed.event_ids)
     if not versions:
-        raise InputError(str(path), "its records contradict each other: no one release writes all of them", exit_bits=16)
+        raise InputError(item.path, "its records contradict each other: no one release writes all of them", exit_bits=16)
     # What no fact file speaks about cannot be judged at all; a source that is only possible is not worth an "unknown".
-    modelled = tuple(v for v in versions if v in facts.modelled_releases())
-    return modelled or versions, f"record layout {observed.layout or 'of no era of its own'}"
+    return tuple(v for v in versions if v in facts.modelled_releases()) or versions
 
 
 def _call_rows(entries: pl.DataFrame) -> pl.DataFrame:

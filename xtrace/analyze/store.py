@@ -1,4 +1,4 @@
-"""Findings, however many: in memory while they are few, in temporary Arrow files beyond that."""
+"""Rows of a table, however many: in memory while they are few, in temporary Arrow files beyond that."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from xtrace.schema import FINDINGS, empty
+from xtrace.schema import empty
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ("FindingStore",)
+__all__ = ("FrameStore",)
 
 
-class FindingStore:
-    """An append-only table of ``schema.FINDINGS``.
+class FrameStore:
+    """An append-only table.
 
     Args:
+        schema: its columns.
         limit: rows kept in memory before they are written to a temporary folder, which goes with the store.
     """
 
-    def __init__(self, limit: int = 100_000) -> None:
+    def __init__(self, schema: pl.Schema, limit: int = 100_000) -> None:
         """Start empty."""
+        self.schema = schema
         self._limit, self._rows, self.count = limit, 0, 0
         self._parts: list[pl.DataFrame] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
@@ -42,7 +44,7 @@ class FindingStore:
 
     def _spill(self) -> None:
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="xtrace-findings-")
+            self._folder = tempfile.TemporaryDirectory(prefix="xtrace-rows-")
         path = Path(self._folder.name) / f"{len(self._files):06d}.arrow"
         pl.concat(self._parts).write_ipc(path, compression="zstd")
         self._files.append(path)
@@ -56,4 +58,4 @@ class FindingStore:
 
     def frame(self) -> pl.DataFrame:
         """Return all rows at once."""
-        return pl.concat([empty(FINDINGS), *self.batches()])
+        return pl.concat([empty(self.schema), *self.batches()])
