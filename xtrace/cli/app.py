@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from xtrace.cli import analyze, decode, explain, ingest, replay
+from xtrace.cli import abi, analyze, decode, explain, ingest, replay
 
 __all__ = ("app", "run")
 
@@ -45,6 +45,7 @@ def _main(
 
 for module in (analyze, ingest, replay, decode, explain):
     app.command(module.NAME)(module.command)
+app.add_typer(abi.app, name=abi.NAME)
 
 
 def run(args: list[str] | None = None) -> int:
