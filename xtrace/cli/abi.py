@@ -78,8 +78,9 @@ def show(
         print(f"  command: arg0 & {d.mask:#x}{shift}; a number without operation gets {d.unmatched}")
     for row in rows:
         keeps = "never continues" if row["codec"] == "none" else f"{row['codec']}, progress in {row['home']}"
+        caveats = call.by_number[int(str(row["number"]))].caveats
         who = "" if row["guard"] == "any" else f", issued by {row['guard']}"
-        notes = f", {' and '.join(row['caveats'])}" if row["caveats"] else ""
+        notes = f", {' and '.join(caveats)}" if caveats else ""
         print(f"  {row['number']:3} {row['operation']}: {keeps}{who}{notes}")
     return 0
 

@@ -85,9 +85,9 @@ def _function(text: str, name: str) -> str | None:
     # do_xen_version is written DO(xen_version) where it is compiled for 32-bit callers too.
     spelled = rf"(?:\b{name}|\b(?:DO|COMPAT|compat)\({name.removeprefix('do_')}\))"
     for found in re.finditer(rf"^(?![#\s]).*?{spelled}\s*\(", text, re.M):
-        depth, i = 0, found.end() - 1
+        depth, i, start = 0, 0, found.end() - 1
         # Past the parameter list: a definition goes on with a brace, a declaration or a call does not.
-        for i in range(i, len(text)):
+        for i in range(start, len(text)):
             depth += {"(": 1, ")": -1}.get(text[i], 0)
             if depth == 0:
                 break
