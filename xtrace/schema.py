@@ -99,7 +99,7 @@ EVENTS: Final = pl.Schema(
         "offset": pl.UInt64(),  # byte of the record's first byte in the decompressed stream
         "line": pl.UInt64(),  # line number from 1, text formats only
         "tsc": pl.UInt64(),  # raw time stamp counter; records without one inherit the previous one of their pCPU
-        "time_ns": pl.Int64(),  # null without a known TSC frequency
+        "time_ns": pl.Int64(),  # since TSC 0; null without a known TSC frequency
         "pcpu": pl.UInt32(),
         "segment": pl.UInt32(),  # raised by one each time the TSC of this pCPU steps back
         "domid": pl.UInt16(),

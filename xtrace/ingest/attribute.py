@@ -8,7 +8,7 @@ ends never shows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 
@@ -41,9 +41,9 @@ HVM32: Final = 1
 HVM64: Final = 2
 
 
-def pack(domid: NDArray[np.uint32], vcpu: NDArray[np.uint32]) -> NDArray[np.uint32]:
+def pack(domid: NDArray[Any], vcpu: NDArray[Any]) -> NDArray[np.uint32]:
     """Pack identities as the run state records do: domain in the high half, vCPU in the low."""
-    return (domid << 16) | (vcpu & 0xFFFF)
+    return cast("NDArray[np.uint32]", (domid << 16) | (vcpu & 0xFFFF))
 
 
 @dataclass(slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import polars as pl
@@ -23,7 +23,7 @@ __all__ = ("Rows", "Tally", "concat", "extract", "frame", "take", "tally")
 
 #: Extracted events as columns of equal length. Always: segment, tsc, pcpu (dense), offset, code, flags, extra, who,
 #: w0, w1, w2. Only where needed (0 elsewhere): w3 to w6, rip, mode.
-Rows = dict[str, "NDArray[np.generic]"]
+Rows = dict[str, "NDArray[Any]"]
 
 _CODE: Final = {name: code for code, name in enumerate(ACTIONS)}
 _V1_32, _V1_64, _V2, _SUBCALL = (_CODE[n] for n in ("v1_32", "v1_64", "v2", "subcall"))
@@ -85,7 +85,7 @@ def extract(
     at = np.flatnonzero(event)
     whole = len(at) == len(event)
 
-    def pick(column: NDArray[np.generic]) -> NDArray[np.generic]:
+    def pick(column: NDArray[Any]) -> NDArray[Any]:
         return column if whole else column.take(at)
 
     code = pick(b.code)
@@ -145,7 +145,7 @@ def _vmmcalls(
     rows["flags"][own] |= _KNOWN
 
 
-def _others(rows: Rows, code: NDArray[np.generic], events: NDArray[np.uint32]) -> None:
+def _others(rows: Rows, code: NDArray[Any], events: NDArray[Any]) -> None:
     """Put the event id of shutdown and lost records into w0 and the count of the latter into w1.
 
     Shutdown records name the vCPU that shuts down, whoever runs.
@@ -271,7 +271,7 @@ def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, firs
         **(arguments or {"cut": pl.repeat(0, n, dtype=pl.UInt8, eager=True).alias("cut")}),
     }
     if tsc_khz:
-        columns["time_ns"] = _column("time_ns", _nanoseconds(rows["tsc"], first_tsc, tsc_khz), timed)
+        columns["time_ns"] = _column("time_ns", _nanoseconds(rows["tsc"], tsc_khz), timed)
     if caller is not None and rip is not None and has_rip is not None:
         columns["caller"] = _column("caller", caller.astype(np.uint32), caller != 255).cat.to(EVENTS["caller"])
         columns["rip"] = _column("rip", rip, has_rip)
@@ -280,7 +280,7 @@ def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, firs
     return pl.DataFrame([columns[name] if name in columns else _null(name, n) for name in EVENTS])
 
 
-def _arguments(rows: Rows, op: NDArray[np.generic]) -> tuple[NDArray[np.generic], dict[str, pl.Series]]:
+def _arguments(rows: Rows, op: NDArray[Any]) -> tuple[NDArray[Any], dict[str, pl.Series]]:
     """Split the words of V2 and sub-call records into number and arguments.
 
     Bits 20 + 2i and 21 + 2i of word 0 say how argument i was recorded: 0 not, 1 as 32 bits, 2 as 64 (never used so far).
@@ -321,11 +321,12 @@ _CUT: Final = ((_WIDTH == 1) << np.arange(6)[:, None]).sum(axis=0).astype(np.uin
 _TOTAL: Final = np.where((_WIDTH == 3).any(axis=0), 15, 1 + _WIDTH.sum(axis=0)).astype(np.uint8)
 
 
-def _nanoseconds(tsc: NDArray[np.generic], first: int, khz: int) -> NDArray[np.int64]:
+def _nanoseconds(tsc: NDArray[Any], khz: int) -> NDArray[np.int64]:
     """Convert without overflow: an hour of cycles times a million does not fit 64 bits."""
-    cycles = (tsc - np.uint64(first)).view(np.int64)
+    cycles = tsc.view(np.int64)
     whole, rest = np.divmod(cycles, khz)
-    return whole * 1_000_000 + rest * 1_000_000 // khz
+    out: NDArray[np.int64] = whole * 1_000_000 + rest * 1_000_000 // khz
+    return out
 
 
 _ARROW: Final = {
@@ -337,7 +338,7 @@ _ARROW: Final = {
 }
 
 
-def _column(name: str, values: NDArray[np.generic], valid: NDArray[np.bool_]) -> pl.Series:
+def _column(name: str, values: NDArray[Any], valid: NDArray[np.bool_]) -> pl.Series:
     """Make a series that is null where ``valid`` is not."""
     if valid.all():
         return pl.Series(name, values)

@@ -107,7 +107,8 @@ def _approach(words: NDArray[np.uint32], lows: NDArray[np.int64], likely: NDArra
         found[live] = pos
         ahead = pos < low
         live, pos, low = live[ahead], pos[ahead], low[ahead]
-    return found
+    out: NDArray[np.int64] = found
+    return out
 
 
 def _lockstep(

@@ -8,7 +8,7 @@ file claims.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import polars as pl
@@ -262,7 +262,8 @@ class XentraceRecording:
             if got < n:  # the file shrank meanwhile
                 view[begin + got : begin + n] = bytes(n - got)
         span = np.repeat(np.arange(len(first)), last - first + 1)
-        return (base[span] + offset - offset[first][span]) // 4
+        words: NDArray[np.int64] = (base[span] + offset - offset[first][span]) // 4
+        return words
 
     # --- damage -------------------------------------------------------------------------------------------------
 
@@ -295,7 +296,8 @@ class XentraceRecording:
             text = f"{int(self._words[word]):#010x} is no record header; the rest of the window is skipped"
             self.ledger.problem(text, offset=at_byte)
         self.ledger.problems_dropped += max(len(piece) - Ledger.KEEP, 0)
-        return np.cumsum(change[:-1]) == 0
+        keep: NDArray[np.bool_] = np.cumsum(change[:-1]) == 0
+        return keep
 
     def _straddles(
         self,
@@ -324,7 +326,7 @@ class XentraceRecording:
 
     # --- what was seen ------------------------------------------------------------------------------------------
 
-    def _histogram(self, slot: NDArray[np.int32], head: NDArray[np.uint32]) -> None:
+    def _histogram(self, slot: NDArray[Any], head: NDArray[np.uint32]) -> None:
         self._counts += np.bincount(slot, minlength=len(self._counts))
         shared = self._layout.shared
         if self._counts[shared:].any():
@@ -391,7 +393,7 @@ def _order_equals(rows: Rows) -> None:
         column[at] = column[order]
 
 
-def _range(column: NDArray[np.generic], value: np.generic | int, low: int, high: int) -> tuple[int, int]:
+def _range(column: NDArray[Any], value: np.generic | int, low: int, high: int) -> tuple[int, int]:
     """Return which part of ``column[low:high]``, which is sorted, equals ``value``."""
     part, key = column[low:high], column.dtype.type(value)
     return low + int(np.searchsorted(part, key)), low + int(np.searchsorted(part, key, side="right"))
