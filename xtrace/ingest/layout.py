@@ -61,6 +61,7 @@ class Layout:
     likely: NDArray[np.bool_]  # by class and subclass: Xen's own headers use it
     names: Mapping[int, str]  # event id -> Xen's name, of the records listed
     evidence: tuple[tuple[frozenset[int], str, str], ...]  # ids, since, until
+    dom_word: frozenset[int]  # ids of the era whose HVM records carry dom/vcpu
 
     def era(self, ids: set[int]) -> str:
         """Name the range of releases that the event ids leave, such as ``4.3-4.22`` or ``3.2-3.3``."""
@@ -121,4 +122,5 @@ def load() -> Layout:
     # Window headers are xentrace's, not Xen's: inside a window one cannot be.
     codes[rows[_CPU_CHANGE >> 12] + (_CPU_CHANGE & 0xFFF)] = BAD
     evidence = tuple((frozenset(e["ids"]), e.get("since", ""), e.get("until", "")) for e in data["evidence"])
-    return Layout(rows, codes, needs, ids, shared, rows < shared, names, evidence)
+    dom_word = frozenset(event for e in data["evidence"] if e.get("dom_word") for event in e["ids"])
+    return Layout(rows, codes, needs, ids, shared, rows < shared, names, evidence, dom_word)

@@ -375,7 +375,7 @@ class XentraceRecording:
                 bad = self._layout.codes.take(self._layout.rows.take(head << 4 >> 16) + (head & 0xFFF)) == BAD
                 head = head[: int(bad.argmax())] if bad.any() else head
                 ids.update(np.unique(head & 0xFFFFFFF).tolist())
-            old = any(ids & known for known, _, until in self._layout.evidence if until == "3.3")
+            old = bool(ids & self._layout.dom_word)
             new = any(ids & known for known, since, _ in self._layout.evidence if since)
             self._dom_era = (None if old == new else old,)
         return self._dom_era[0]

@@ -33,6 +33,7 @@ __all__ = (
     "hypercall_names",
     "is_command",
     "lookup",
+    "mark",
     "modelled_releases",
     "operation_label",
     "operation_names",
@@ -479,6 +480,17 @@ def _behaviour(op: Mapping[str, Any], row: Mapping[str, Any], caller: str, ident
         domids_unless=tuple(sorted((k, int(v)) for k, v in row.get("domids_unless", {}).items())),
         ident=ident,
     )
+
+
+@cache
+def mark(release: str, caller: str, number: int) -> tuple[int, int] | None:
+    """Return (argument, flag bit) that shows a continuation by itself where its encoding is not modelled; None without one."""
+    if number not in files():
+        return None
+    row = _only(
+        (r for r in _load(files()[number]).get("mark", []) if _covers(r, release, caller, {})), f"abi/{files()[number]}, mark"
+    )
+    return None if row is None else (_argument(row["arg"]), int(row["flag"]))
 
 
 def _check(c: Mapping[str, Any]) -> Check:
