@@ -366,7 +366,7 @@ class _Run:
         """Put everything together."""
         assert self.targets is not None
         assert self.tally is not None
-        seen = surface.merge(self.seen)
+        seen = surface.merge(self.seen).sort("domid", "caller", "op", "number", nulls_last=True)
         rows = [self._surface(row) for row in seen.iter_rows(named=True)]
         calls = None
         if self.options.keep_calls:

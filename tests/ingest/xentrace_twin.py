@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 MAGIC = 0x2001F003
+MAGIC_BYTES = struct.pack("<I", MAGIC)
 COLUMNS = (
     "offset", "tsc", "pcpu", "segment", "domid", "vcpu", "caller", "kind", "op",
     "arg0", "arg1", "arg2", "arg3", "arg4", "arg5", "cut", "rip", "result",
@@ -60,22 +61,22 @@ def windows(data: bytes, result: Result) -> list[tuple[int, int, int]]:
             words = (whole - start) // 4 * 4
             out.append((start, start + words, pcpu))
             result.skipped += whole - start - words + end - whole
-            if found is None:
-                result.truncated = due > len(data) or data[whole:].startswith(struct.pack("<I", MAGIC)[: end - whole][:4])
-                result.truncated &= due > len(data) or end - whole < 12
+            gap = end - whole
+            if found is None and (due > len(data) or (gap < 12 and MAGIC_BYTES.startswith(data[whole : whole + 4]))):
+                result.truncated = True
             at = end
         else:
             found = search(data, at)
             end = len(data) if found is None else found
             result.skipped += end - at
-            if found is None and end - at < 12 and struct.pack("<I", MAGIC).startswith(data[at : at + 4]):
+            if found is None and end - at < 12 and MAGIC_BYTES.startswith(data[at : at + 4]):
                 result.truncated = True
             at = end
     return out
 
 
 def search(data: bytes, at: int) -> int | None:
-    while (at := data.find(struct.pack("<I", MAGIC), at)) >= 0:
+    while (at := data.find(MAGIC_BYTES, at)) >= 0:
         if plausible(data, at):
             due = at + 12 + struct.unpack_from("<I", data, at + 8)[0]
             if due >= len(data) or plausible(data, due):
@@ -120,7 +121,7 @@ def read(data: bytes) -> Result:
         dom_era = bool(early & OLD_SCHED)
     for start, end, pcpu in found:
         by_pcpu.setdefault(pcpu, []).extend(records(data, start, end, result))
-    result.ids[0x1F003] += len(found) + count_empty(found)
+    result.ids[0x1F003] += len(found)
     keyed = []
     for pcpu in sorted(by_pcpu):
         for event in one_pcpu(pcpu, by_pcpu[pcpu], dom_era, result.ids):
@@ -129,10 +130,6 @@ def read(data: bytes) -> Result:
     result.events = [event for _, event in keyed]
     result.ids = Counter({k: n for k, n in result.ids.items() if n})
     return result
-
-
-def count_empty(found: list[tuple[int, int, int]]) -> int:
-    return 0  # empty windows are in the list already
 
 
 def one_pcpu(pcpu: int, recs: list[Record], dom_era: bool | None, ids: Counter) -> list[dict]:

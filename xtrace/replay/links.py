@@ -227,7 +227,8 @@ def link(
     ran = subs.astype(np.uint64)
     multi = relative & (op == MULTICALL)
     between = down & (ran == done)
-    inside = (down | level) & (ran == done + np.uint64(1)) & (earlier > 1)
+    # One left after all but one were done is what a finished multicall followed by one of a single entry looks like too.
+    inside = (down | level) & (ran == done + np.uint64(1)) & (amount > 1)
     unseen = down & pointed & (ran == 0)
     counted = np.where(multi, relative & fits & (between | inside | unseen), counted)
     out: Mask = flagged | absolute | counted | (bare & ~multi)

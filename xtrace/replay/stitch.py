@@ -43,7 +43,7 @@ _ISSUED: Final = {
 }
 
 #: What is carried from one batch to the next: the last rows of every vCPU that a later one may continue.
-_CARRIED: Final = pl.Schema({**EVENTS, "epoch": pl.UInt32(), "call": pl.UInt64(), "subs": pl.UInt32(), **_ISSUED})
+_CARRIED: Final = pl.Schema({**EVENTS, "epoch": pl.UInt32(), "call": pl.UInt64(), "subs": pl.UInt32(), "multi": pl.Int8(), **_ISSUED})
 
 
 @dataclass(slots=True)
@@ -104,6 +104,7 @@ class Stitcher:
         table = table.with_columns(
             nullable("call", call.astype(np.uint64), call >= 0),
             pl.Series("subs", subs.astype(np.uint32)),
+            pl.Series("multi", multi),
         )
         begin = np.where(entry, start, np.where(sample & (owner >= 0), start[np.maximum(owner, 0)], -1))
         hit = np.flatnonzero(proved | inferred)
@@ -148,7 +149,8 @@ class Stitcher:
         neighbour = np.full(n, -1, np.intp)
         real = np.flatnonzero(entry & ~links.is_iret(op))
         neighbour[real] = links.previous(real, key)[0]
-        ran, returned = _counts(sub, key), _counts(ret, key)
+        # Carried sub-calls are in `carried` already.
+        ran, returned = _counts(sub & (np.arange(n) >= old), key), _counts(ret, key)
         carried = np.zeros(n, np.int64)
         carried[:old] = self._tail.get_column("subs").fill_null(0).to_numpy()
         subs = np.where(before >= 0, ran[0][some] - ran[0][p] + carried[p], 0)
@@ -160,7 +162,9 @@ class Stitcher:
         # 1: re-entered between two entries of the multicall; 2: its last sub-call was preempted and runs again.
         done = (marks.amount[p] - marks.amount[some]).astype(np.int64)
         multi = np.zeros(n, np.int8)
-        multi[some] = np.where(hit & (op[some] == MULTICALL), np.where(subs == done + 1, 2, 1), 0)
+        multi[:old] = self._tail.get_column("multi").to_numpy()
+        back = np.where(hit & (op[some] == MULTICALL), np.where(subs == done + 1, 2, 1), 0)
+        multi[some] = np.where(some >= old, back, multi[some])
         start = np.arange(n)
         if len(ranked):
             at = np.maximum.accumulate(np.where(linked[ranked], 0, np.arange(len(ranked))))
