@@ -25,7 +25,9 @@ from xtrace.ingest.xentrace import XentraceRecording
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 
-word = st.one_of(st.integers(0, 40), st.integers(0, 0xFFFFFFFF), st.sampled_from([0x2001F003, 0x80000000, 0x12, 0x81, 2, 0xFFFFFFFF]))
+word = st.one_of(
+    st.integers(0, 40), st.integers(0, 0xFFFFFFFF), st.sampled_from([0x2001F003, 0x80000000, 0x12, 0x81, 2, 0xFFFFFFFF])
+)
 event = st.one_of(
     st.sampled_from(
         [
@@ -119,7 +121,11 @@ def check(data: bytes, chunk: int, block: int, rows: int) -> None:
     assert bool(ledger.problems) >= bool(expected.skipped or expected.truncated)
 
 
-sizes = {"chunk": st.sampled_from([64, 100, 256, 1 << 12, 1 << 22]), "block": st.sampled_from([10, 13, 592]), "rows": st.integers(1, 50)}
+sizes = {
+    "chunk": st.sampled_from([64, 100, 256, 1 << 12, 1 << 22]),
+    "block": st.sampled_from([10, 13, 592]),
+    "rows": st.integers(1, 50),
+}
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
@@ -186,9 +192,7 @@ def test_a_thousand_pcpus() -> None:
     parts = []
     for turn in range(3):
         for pcpu in range(1000):
-            payload = b"".join(
-                struct.pack("<IQII", 0xA020100D, turn * 10**6 + pcpu * 7 + i, 0x0040001A, i) for i in range(5)
-            )
+            payload = b"".join(struct.pack("<IQII", 0xA020100D, turn * 10**6 + pcpu * 7 + i, 0x0040001A, i) for i in range(5))
             parts.append(struct.pack("<III", twin.MAGIC, pcpu, len(payload)) + payload)
     check(b"".join(parts), 1 << 12, 592, 1 << 20)
 

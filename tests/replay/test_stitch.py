@@ -25,7 +25,9 @@ def sample(name: str) -> Path:
     return next(p for p in SAMPLES.rglob(f"{name}*") if p.name.removesuffix(".zst") == name)
 
 
-def stitched(path: Path, release: str, rows: int = 1 << 18, caller: str | None = None) -> tuple[Stitcher, pl.DataFrame, pl.DataFrame]:
+def stitched(
+    path: Path, release: str, rows: int = 1 << 18, caller: str | None = None
+) -> tuple[Stitcher, pl.DataFrame, pl.DataFrame]:
     source, recording = open_input(path, Options(batch_rows=rows))
     with source:
         stitcher, fill = Stitcher(release), CallerFill(caller)
@@ -64,7 +66,7 @@ def test_flags_prove_for_callers_not_modelled(name: str, proved: int) -> None:
 
 
 def test_inferred_reentries_are_reentries() -> None:
-    """On the recording of vCPUs that move, every inferred re-entry lies inside a call that the truth knows, past its first entry."""
+    """Where vCPUs move, every inferred re-entry lies inside a call that the truth knows, past its first entry."""
     source, recording = open_input(sample("mv64-4.22.0.txt"), Options())
     with source:
         truth = pl.concat(list(recording.batches()))
@@ -86,7 +88,9 @@ def test_inferred_reentries_are_reentries() -> None:
         inside = [s for s in spans[vcpu, outer] if s[0] <= tsc <= s[1]]
         assert inside, (vcpu, op, tsc)
         if kind != "subcall":
-            own = entries.filter((pl.col("vcpu") == vcpu) & (pl.col("op") == op) & (pl.col("kind") == "hypercall")).get_column("tsc")
+            own = entries.filter((pl.col("vcpu") == vcpu) & (pl.col("op") == op) & (pl.col("kind") == "hypercall")).get_column(
+                "tsc"
+            )
             assert own.to_numpy()[np.searchsorted(own.to_numpy(), inside[0][0])] < tsc
         checked += 1
     assert checked > 500
@@ -169,16 +173,17 @@ def test_progress_is_counted_from_the_first_entry(tmp_path: Path) -> None:
         assert progress == [4, 6]
 
 
+VCPU, FEW = st.integers(0, 1), st.integers(0, 6)
 entry = st.one_of(
-    st.builds(lambda v, n, p: f"hypercall dom=3 vcpu={v} op=20 a0=5 a1={0x1000 + 40 * p:#x} a2={n}", st.integers(0, 1), st.integers(0, 6), st.integers(0, 6)),
-    st.builds(lambda v, p: f"hypercall dom=3 vcpu={v} op=12 a0={p << 6 | 1} a1=0x1000", st.integers(0, 1), st.integers(0, 4)),
-    st.builds(lambda v, n, f: f"hypercall dom=3 vcpu={v} op=1 a1~={n | f << 31:#x}", st.integers(0, 1), st.integers(0, 4), st.integers(0, 1)),
-    st.builds(lambda v, n: f"hypercall dom=3 vcpu={v} op=13 a1~={n}", st.integers(0, 1), st.integers(0, 4)),
-    st.builds(lambda v, o: f"subcall dom=3 vcpu={v} op={o}", st.integers(0, 1), st.sampled_from([12, 17])),
-    st.builds(lambda v: f"return dom=3 vcpu={v} op=12 result=0", st.integers(0, 1)),
-    st.builds(lambda v: f"hypercall dom=3 vcpu={v} op=23", st.integers(0, 1)),
+    st.builds(lambda v, n, p: f"hypercall dom=3 vcpu={v} op=20 a0=5 a1={0x1000 + 40 * p:#x} a2={n}", VCPU, FEW, FEW),
+    st.builds(lambda v, p: f"hypercall dom=3 vcpu={v} op=12 a0={p << 6 | 1} a1=0x1000", VCPU, FEW),
+    st.builds(lambda v, n, f: f"hypercall dom=3 vcpu={v} op=1 a1~={n | f << 31:#x}", VCPU, FEW, VCPU),
+    st.builds(lambda v, n: f"hypercall dom=3 vcpu={v} op=13 a1~={n}", VCPU, FEW),
+    st.builds(lambda v, o: f"subcall dom=3 vcpu={v} op={o}", VCPU, st.sampled_from([12, 17])),
+    st.builds(lambda v: f"return dom=3 vcpu={v} op=12 result=0", VCPU),
+    st.builds(lambda v: f"hypercall dom=3 vcpu={v} op=23", VCPU),
     st.just("lost n=1"),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=60, deadline=None)

@@ -50,8 +50,10 @@ _PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *(
 
 def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
     """Count the calls of one batch of stitched entries of input ``index``."""
-    calls = entries.select("domid", "caller", "op", "number", "arg0", "total", "offset", "kind", "reentry").filter(
-        pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry")
+    calls = entries.select("domid", "caller", "op", "number", "arg0", "total", "offset", "kind", "reentry", "call").filter(
+        (pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry"))
+        # A stopped vCPU whose call was not seen to begin shows that the call is made.
+        | ((pl.col("kind") == "sample") & pl.col("call").is_null())
     )
     return (
         calls.with_columns(

@@ -43,7 +43,9 @@ _ISSUED: Final = {
 }
 
 #: What is carried from one batch to the next: the last rows of every vCPU that a later one may continue.
-_CARRIED: Final = pl.Schema({**EVENTS, "epoch": pl.UInt32(), "call": pl.UInt64(), "subs": pl.UInt32(), "multi": pl.Int8(), **_ISSUED})
+_CARRIED: Final = pl.Schema(
+    {**EVENTS, "epoch": pl.UInt32(), "call": pl.UInt64(), "subs": pl.UInt32(), "multi": pl.Int8(), **_ISSUED}
+)
 
 
 @dataclass(slots=True)
@@ -277,5 +279,7 @@ def _evidence(
     in_call = sample & (owner >= 0) & (op == op[np.maximum(owner, 0)])
     proved = (entry | sub) & marks.marked
     proved |= sample & ~off & (marks.marked | (on & in_call))
-    inferred = (entry & linked) | resumed | (sample & ~off & (on | in_call))
+    # A recorder that samples where hypercalls are made, and does not say whether this one stands there (ftrace).
+    somewhere = insn.is_null().to_numpy() & table.get_column("rip").is_not_null().to_numpy()
+    inferred = (entry & linked) | resumed | (sample & ~off & (on | in_call | somewhere))
     return proved, inferred & ~proved
