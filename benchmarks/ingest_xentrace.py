@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,9 @@ from xtrace.ingest.layout import load  # noqa: E402
 from xtrace.ingest.source import Source  # noqa: E402
 from xtrace.ingest.walk import PAD, walk  # noqa: E402
 from xtrace.ingest.windows import Cursor, scan  # noqa: E402
+
+#: Samples that xenalyze reads to the end when they are laid end to end: all classes of records; hypercalls only; HVM.
+DEFAULT = ("eras/smp64-4.4.4.xentrace.zst", "dom0-4.17.7/j3_hcload_pv.xentrace.zst", "dom0-4.17.7/j4_pvh.xentrace.zst")
 
 _LOST = 0xC001F001  # header of a lost-records entry; its words 2 and 3 are a TSC too
 
@@ -83,12 +87,19 @@ def ours(trace: Path) -> tuple[int, int, float, int]:
     return int(records), int(events), float(seconds), int(peak)
 
 
-def theirs(trace: Path) -> float:
-    """Let xenalyze summarise ``trace`` once: seconds."""
+def theirs(trace: Path) -> tuple[float, float]:
+    """Let xenalyze summarise ``trace`` once: seconds, and the part of the file that its own volume summary accounts for.
+
+    At a joint of the file the run states may not fit together; xenalyze gives up there on some samples, and then its time
+    says nothing.
+    """
     start = time.perf_counter()
-    command = ["xenalyze", "--summary", "--tolerance=6", str(trace)]
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-    return time.perf_counter() - start
+    command = ["xenalyze", "--summary", str(trace)]
+    # Its warnings (standard error) can be larger than the trace.
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    seconds = time.perf_counter() - start
+    volumes = re.findall(r"^ (?:gen|sched|dom0op|hvm|mem|pv|shadow|hw) *: +(\d+)$", done.stdout.decode(), re.MULTILINE)
+    return seconds, sum(map(int, volumes)) / trace.stat().st_size
 
 
 def main() -> None:
@@ -99,27 +110,28 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where to put the file (default: the temporary directory)")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    samples = args.sample or [ROOT / "samples" / name for name in ("j3_save_all.xentrace.zst", "j4_pvh.xentrace.zst")]
+    samples = args.sample or [ROOT / "samples" / name for name in DEFAULT]
     for sample in samples:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             trace = Path(folder) / "big.xentrace"
             build(sample, trace, int(args.gigabytes * 1e9))
             size = trace.stat().st_size
             print(f"{sample.name}: {size / 1e9:.2f} GB", flush=True)
-            mine, other, peak, records, events = [], [], 0, 0, 0
+            mine, other, peak, records, events, part = [], [], 0, 0, 0, 0.0
             for _ in range(args.rounds):
                 records, events, seconds, rss = ours(trace)
                 mine.append(seconds)
                 peak = max(peak, rss)
                 if shutil.which("xenalyze"):
-                    other.append(theirs(trace))
+                    spent, part = theirs(trace)
+                    other.append(spent)
             best = statistics.median(mine)
             print(f"  xtrace    {best:6.2f} s  {records / best / 1e6:5.1f} M records/s  {size / best / 1e6:5.0f} MB/s  "
                   f"{events} events of {records} records  peak {peak / 1024:.0f} MiB")  # fmt: skip
             if other:
                 theirs_best = statistics.median(other)
                 print(f"  xenalyze  {theirs_best:6.2f} s  {records / theirs_best / 1e6:5.1f} M records/s  "
-                      f"xtrace is {theirs_best / best:.1f} times as fast")  # fmt: skip
+                      f"xtrace is {theirs_best / best:.2f} times as fast; xenalyze read {part:.0%} of the file")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -252,7 +252,7 @@ def test_lost_bytes_are_found_by_the_next_header(of) -> None:  # noqa: ANN001
     first = window(0, CALL, CALL)
     recording, rows = of(first[:-6], window(1, CALL), window(0, CALL))
     assert len(rows) == 3
-    assert problems(recording)[0] == ("a window header stands 6 bytes before the end of the window of pCPU 0", 38)
+    assert ("a window header stands 6 bytes before the end of the window of pCPU 0", 38) in problems(recording)
     assert recording.ledger.skipped_bytes == 10
 
 

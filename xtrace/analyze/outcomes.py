@@ -16,7 +16,7 @@ from xtrace.schema import OUTCOMES
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from xtrace.replay.facts import Behaviour
+    from xtrace.replay.behaviour import Behaviour
     from xtrace.replay.hypervisor import Decoded, Resumed
 
 __all__ = ("CAVEATS", "CODE", "ERRNOS", "NAMES", "Verdicts", "judge")

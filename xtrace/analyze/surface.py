@@ -22,7 +22,7 @@ from xtrace.replay.states import Column, States
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from xtrace.replay.facts import Behaviour
+    from xtrace.replay.behaviour import Behaviour
 
 __all__ = ("SEEN", "Surface", "collect", "judge", "merge", "representatives")
 

@@ -20,7 +20,7 @@ from xtrace.errors import FactError
 from xtrace.replay.states import LOW32, Column
 
 if TYPE_CHECKING:
-    from xtrace.replay.facts import Behaviour
+    from xtrace.replay.behaviour import Behaviour
     from xtrace.replay.states import U64, Mask, States
 
 __all__ = ("CODECS", "Codec", "Progress", "codec")

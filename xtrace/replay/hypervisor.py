@@ -14,7 +14,7 @@ from xtrace.replay.states import Column
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from xtrace.replay.facts import Behaviour, Check, Dispatch, Hypercall, Special
+    from xtrace.replay.behaviour import Behaviour, Check, Dispatch, Hypercall, Special
     from xtrace.replay.states import Mask, States
 
 __all__ = (
@@ -182,6 +182,11 @@ class Hypervisor:
             groups = []
             for b in call.by_number.values():
                 rows = np.flatnonzero(word.known & (value == np.uint64(b.number)))
+                if b.command_bits == "unmatched":
+                    # The whole word is compared: a number with bits above it names nothing.
+                    bits = (word.value[rows] & np.uint64(call.dispatch.progress_bits())) != 0
+                    op[rows[bits]] = np.minimum(word.value[rows[bits]], np.uint64(1 << 62)).astype(np.int64)
+                    rows = rows[~bits]
                 if len(rows):
                     groups.append((b, rows))
                     status[rows] = MODELLED
@@ -405,7 +410,7 @@ def _checks(
     if call.dispatch is not None and b.codec not in ("shifted_index", "masked_offset"):
         word = s.at("arg0")
         stray = word.known & ((word.value & np.uint64(call.dispatch.progress_bits())) != 0)
-        if b.command_bits != "ignored":
+        if b.command_bits not in ("ignored", "unmatched"):
             out.append((b.command_bits, stray, no))
     if not may_issue(issuer, b.guard):
         out.append((b.guard_errno, np.ones(n, bool), no))

@@ -231,6 +231,7 @@ def link(
     inside = (down | level) & (ran == done + np.uint64(1)) & (amount > 1)
     unseen = down & pointed & (ran == 0)
     counted = np.where(multi, relative & fits & (between | inside | unseen), counted)
+    counted &= amount > 0  # Xen never leaves a call with nothing left to do
     out: Mask = flagged | absolute | counted | (bare & ~multi)
     return out
 

@@ -97,8 +97,13 @@ class Stitcher:
         owner, before = links.fill(np.where(entry, np.arange(len(table)), -1), entry | ret, key)
         owner = np.where(ret, before, owner)
         owner = np.where(sub & (op[np.maximum(owner, 0)] != MULTICALL), -1, owner)
+        # What was lost, or the time that stepped back, may hide the end of that call.
+        segment, epoch = (table.get_column(c).fill_null(0).to_numpy() for c in ("segment", "epoch"))
+        o = np.maximum(owner, 0)
+        owner = np.where((segment == segment[o]) & (epoch == epoch[o]), owner, -1)
         call = np.where(entry, call, np.where(owner >= 0, call[np.maximum(owner, 0)], -1))
-        proved, inferred = _evidence(table, op, entry, sub, sample, marks, linked, owner, _resumed(sub, op, key, multi))
+        resumed = _resumed(sub, op, key, multi) & (owner >= 0) & (multi[np.maximum(owner, 0)] == 2)
+        proved, inferred = _evidence(table, op, entry, sub, sample, marks, linked, owner, resumed)
         proved[:old] = inferred[:old] = False
         self.proved += int(proved.sum())
         self.inferred += int(inferred.sum())
@@ -219,7 +224,8 @@ class Stitcher:
         """Choose the last rows of every vCPU that a later row may be compared with."""
         keep = np.zeros(n, bool)
         slot = np.minimum(op, 64).astype(np.uint32)
-        for rows in (np.flatnonzero(entry & ~links.is_iret(op)), np.flatnonzero(entry | ret), np.flatnonzero(sub)):
+        for mask in (entry & ~links.is_iret(op), entry | ret, ret, sub):
+            rows = np.flatnonzero(mask)
             keep[rows[_last(key[rows])]] = True
         rows = np.flatnonzero(entry & (marks.kind > 0))
         keep[rows[_last(key[rows], slot[rows])]] = True

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
     from xtrace.pipeline import Result
 
+#: DOMID_IDLE: a pCPU that runs no guest.
+_IDLE = 0x7FFF
+
 __all__ = ("clean", "document", "finding", "sentence", "summary", "target_groups")
 
 #: Keys of a decoding, in the order in which they are written.
@@ -64,11 +67,8 @@ def sentence(result: Result) -> str:
     """Return the first line a user reads."""
     groups = [g for g in target_groups(result) if not g["rollback"]]
     source = release.fold_text(result.sources)
-    domains = {r.domid for r in result.surface}
-    n = len(domains)
-    what = f"what {n} domain{'s' if n != 1 else ''} did"
-    if domains == {None}:
-        what = "what unknown domains did"
+    n = len({r.domid for r in result.surface} - {None, _IDLE})
+    what = f"what {n} domain{'s' if n != 1 else ''} did" if n else "what unknown domains did"
     took = seconds(result)
     if took is not None:
         what += f" in {took:.1f} s"
