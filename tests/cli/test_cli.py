@@ -181,6 +181,36 @@ def test_assumptions_are_said_first() -> None:
     assert any("pv64" in x for x in said)
 
 
+LOG = "xtrace: header release=4.17.7\nxtrace: domain id=3 caller=pv64 role=guest\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "args", "status", "first"),
+    [
+        # A guest that migrates, nothing continued, equal encodings: clean, and said so.
+        ("hypercall dom=3 vcpu=0 op=12 a0=6 a1=0x1000", ["--to", "4.18"], 0, "Safe from 4.17.7 to 4.18"),
+        # The same with lost records is not called safe.
+        ("hypercall dom=3 vcpu=0 op=12 a0=6 a1=0x1000\nlost n=5", ["--to", "4.18"], 16, "incomplete"),
+        # A proved break, held by a guest.
+        ("hypercall dom=3 vcpu=0 op=12 a0=0x141 a1=0x1000 mem.nr_extents=64", ["--to", "3.3.0"], 8, "breaks at 3.3.0"),
+        # The same of dom0, which does not migrate.
+        ("hypercall dom=0 vcpu=0 caller=pv64 op=12 a0=0x141 a1=0x1000 mem.nr_extents=64", ["--to", "3.3.0"], 4, "reviewed"),
+        # Arguments that the trace does not hold: safe if no state could break, not otherwise.
+        ("hypercall dom=3 vcpu=0 op=12", ["--to", "4.18"], 0, "Safe"),
+        ("hypercall dom=3 vcpu=0 op=12", ["--to", "3.3.0"], 4, "reviewed"),
+    ],
+)
+def test_verdicts(tmp_path: Path, lines: str, args: list[str], status: int, first: str) -> None:
+    path = tmp_path / "x.log"
+    path.write_text(LOG + "".join(f"xtrace: {line}\n" for line in lines.splitlines()))
+    done = xtrace("analyze", path, *args)
+    assert done.returncode & 24 == status & 24, done.stdout
+    assert done.returncode in (status, status | 4)
+    assert first in done.stdout.decode().splitlines()[0]
+    if status == 16:
+        assert "Safe" not in done.stdout.decode().splitlines()[0]
+
+
 def test_sidecar(tmp_path: Path) -> None:
     path = tmp_path / "t.xentrace"
     path.write_bytes(tiny().read_bytes())

@@ -242,3 +242,14 @@ def test_walk(seed: int, lengths: list[int], kind: str, block: int, mend: int) -
     assert pos.tolist() == [p for got, _ in expected for p in got]
     assert counts.tolist() == [len(got) for got, _ in expected]
     assert stops.tolist() == [stop for _, stop in expected]
+
+
+def test_one_pcpu_far_behind_many() -> None:
+    """What waits for a slow pCPU is not sorted anew each round, and is merged rightly."""
+    slow = b"".join(struct.pack("<IQI", 0x9020100D, 1000 + i, 12) for i in range(3000))
+    parts = [struct.pack("<III", twin.MAGIC, 0, len(slow)) + slow]
+    for pcpu in range(1, 300):
+        late = b"".join(struct.pack("<IQI", 0x9020100D, 3900 + i * 50 + pcpu % 3, 29) for i in range(20))
+        parts.append(struct.pack("<III", twin.MAGIC, pcpu, len(late)) + late)
+    check(b"".join(parts), 1 << 10, 592, 1 << 20)
+    check(b"".join(parts), 1 << 16, 592, 1 << 20)

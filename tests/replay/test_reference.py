@@ -37,6 +37,8 @@ def slow_decode(version: str, caller: str, op: int, args: list[int | None]) -> t
     b = call.by_number.get(word & call.dispatch.mask)
     if b is None:
         return None, None
+    if b.command_bits == "unmatched" and word & call.dispatch.progress_bits():
+        return None, None  # the whole word is compared: with bits above it the number names nothing
     if b.codec == "shifted_index":
         return b.operation, word >> b.params["shift"]
     if b.codec == "masked_offset":

@@ -123,6 +123,8 @@ W = "dom=3 vcpu=0"
         ([f"hypercall {W} op=20 a0=1 a2~=96", f"hypercall {W} op=20 a0=1 a2~=64"], 1, 0, 1),
         ([f"hypercall {W} op=20 a0=1 a2~=96", f"hypercall {W} op=20 a0=1 a2~=90"], 2, 0, 0),
         ([f"hypercall {W} op=20 a0=1 a2~=96", f"hypercall {W} op=29 a0=0", f"hypercall {W} op=20 a0=1 a2~=64"], 3, 0, 0),
+        # A smaller call after a small one is another call.
+        ([f"hypercall {W} op=20 a0=5 a2~=5", f"hypercall {W} op=20 a0=5 a2~=3"], 2, 0, 0),
         # iret ends the upcall that interrupted it.
         ([f"hypercall {W} op=20 a0=1 a2~=96", f"hypercall {W} op=23", f"hypercall {W} op=20 a0=1 a2~=64"], 2, 0, 1),
         # Another vCPU, lost records, a return in between: nothing is stitched across.

@@ -218,3 +218,51 @@ def test_twin(size: int, rows: list[dict[str, Any]]) -> None:
     assert more == found
     assert stitcher.calls == calls
     assert (stitcher.proved, stitcher.inferred) == tuple(sum(e == w for _, e, _, _ in found) for w in ("proved", "inferred"))
+
+
+def event(kind: str, op: int, **more: Any) -> dict[str, Any]:
+    base = dict.fromkeys(EVENTS.names()) | {"kind": kind, "op": op, "caller": "pv64", "pcpu": 0, "segment": 0}
+    return base | {"domid": 0, "vcpu": 0} | more
+
+
+COPY = {"arg0": 5, "arg1": 0x1000, "arg2": 4}
+LESS = {"arg0": 5, "arg1": 0x1000 + 80, "arg2": 2}
+
+
+@pytest.mark.parametrize(
+    ("rows", "proved", "inferred"),
+    [
+        # A return ends the call, whatever comes between it and the next entry.
+        ([event("hypercall", 20, **COPY), event("return", 20), event("hypercall", 23), event("hypercall", 20, **LESS)], 0, 0),
+        ([event("hypercall", 20, **COPY), event("hypercall", 23), event("hypercall", 20, **LESS)], 0, 1),
+        # Nothing left to do is no continuation.
+        ([event("hypercall", 20, arg0=5, arg2=4), event("hypercall", 20, arg0=5, arg2=0)], 0, 0),
+        ([event("hypercall", 13, arg1=1), event("subcall", 17), event("hypercall", 13, arg1=0)], 0, 0),
+        # What was lost may hide the end of the call that a stopped vCPU, or a sub-call, seems to belong to.
+        ([event("hypercall", 17), event("sample", 17, on_insn=True)], 1, 0),
+        ([event("hypercall", 17), event("lost", 0x1F001), event("sample", 17, on_insn=True)], 0, 1),
+        ([event("hypercall", 17), event("sample", 17, on_insn=True, segment=1)], 0, 1),
+        ([event("hypercall", 13, arg1=4), event("subcall", 12), event("hypercall", 13, arg1=4), event("subcall", 12)], 0, 2),
+        (
+            [event("hypercall", 13, arg1=4), event("subcall", 12), event("hypercall", 13, arg1=4)]
+            + [event("lost", 0x1F001), event("subcall", 12)],
+            0,
+            1,
+        ),
+        # The sub-call belongs to another multicall than the one that came back for it.
+        (
+            [event("hypercall", 13, arg1=4), event("subcall", 12), event("hypercall", 13, arg1=4)]
+            + [event("hypercall", 13, arg1=3), event("subcall", 12)],
+            0,
+            1,
+        ),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_cases(size: int, rows: list[dict[str, Any]], proved: int, inferred: int) -> None:
+    rows = [r | {"seq": i, "offset": i, "tsc": 100 * i} for i, r in enumerate(rows)]
+    stitcher = Stitcher(RELEASE)
+    for i in range(0, len(rows), size):
+        stitcher.feed(frame(rows[i : i + size]))
+    assert (stitcher.proved, stitcher.inferred) == (proved, inferred)
+    assert sum(e == "proved" for _, e, _, _ in slow(rows)[1]) == proved

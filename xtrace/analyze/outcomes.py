@@ -146,6 +146,9 @@ def _pair(
         outcome[less] = CODE["redoes"]
         outcome[less & (t_index.value == 0)] = CODE["restarts"]
         harmless[less & (t_index.value == 0)] = b.restart_harmless is True
+    elif t.hypercall.dispatch is not None and t.hypercall.dispatch.sign_extend:
+        # Progress that reached bit 31 of an int comes back enormous; only the sign can have put it beyond 32 bits.
+        outcome[t_index.known & (t_index.value >= np.uint64(1 << 32))] = CODE["skips"]
     if (a.order, a.order_when) != (b.order, b.order_when):
         # Progress counted from the other end: what was done is not what the target takes for done.
         far_s, far_t = source.descending.take(rows), t.descending.take(rows)
@@ -171,4 +174,6 @@ def _pair(
         hit = (disposition == hv.SPECIAL) & (t.special[rows] == k)
         outcome[hit] = CODE[form.result]
         harmless[hit] = form.harmless
+    # Only a restart or lost work can be harmless: a refusal that comes on top of one is not.
+    harmless &= np.isin(outcome, (CODE["restarts"], CODE["lost"]))
     return outcome, harmless

@@ -16,7 +16,7 @@ import polars as pl
 from xtrace.analyze import judging, outcomes
 from xtrace.replay import facts
 from xtrace.replay import hypervisor as hv
-from xtrace.replay.hypervisor import Hypervisor
+from xtrace.replay.hypervisor import Hypervisor, may_issue
 from xtrace.replay.states import Column, States
 
 if TYPE_CHECKING:
@@ -94,8 +94,9 @@ def _commands() -> list[int]:
 class Surface:
     """What could become of one hypercall (and sub-operation) at one class of targets.
 
-    ``verdict``: ``safe`` (every continuation resumes, or restarts harmlessly), ``breaks`` (some do not), ``undecidable`` (the
-    sub-operation is not known, and some break), ``unknown`` (not modelled). ``outcomes`` counts representative states.
+    ``verdict``: ``safe`` (every continuation resumes, restarts harmlessly, or leaves what the target rebuilds), ``breaks``
+    (some do not), ``undecidable`` (the sub-operation is not known, and some break), ``unknown`` (not modelled). ``outcomes``
+    counts representative states.
     """
 
     targets: tuple[str, ...]
@@ -178,7 +179,8 @@ def judge(
         behaviours = [b for k, b in call.by_number.items() if k == number]
     else:
         behaviours = list(call.by_number.values())
-    behaviours = [b for b in behaviours if b.codec != "none"]
+    # Who may not make the call at the source leaves no continuation of it.
+    behaviours = [b for b in behaviours if b.codec != "none" and may_issue(issuer, b.guard)]
     if not behaviours:
         return [Surface(tuple(targets), "safe", {}, (), (), ())]
     named = (call.command and number is not None) or not call.command

@@ -16,7 +16,8 @@ import polars as pl
 from xtrace.ingest.attribute import Batch, Pcpus
 from xtrace.ingest.base import Ledger, Observed
 from xtrace.ingest.layout import BAD, load
-from xtrace.ingest.records import Rows, Tally, concat, extract, frame, take, tally
+from xtrace.ingest.merge import Merge
+from xtrace.ingest.records import Rows, Tally, extract, frame, tally
 from xtrace.ingest.walk import BLOCK, PAD, walk
 from xtrace.ingest.windows import HEADER_BYTES, MAGIC, Cursor, WindowIndex, plausible, read_at, scan
 
@@ -34,6 +35,7 @@ __all__ = ("READER", "XentraceReader", "XentraceRecording")
 CHUNK: Final = 1 << 22
 
 _QUOTA_MIN: Final = 1 << 11  # bytes that a pCPU gets even where there are thousands
+_HELD: Final = 16  # chunks' worth of events that may wait for a slow pCPU before reading ahead is cut down
 _ROW_BYTES: Final = 32  # what an event that waits counts for in the budget
 _GAP: Final = 1 << 12  # bytes of other pCPUs' windows that are read over rather than jumped over
 _LOOK: Final = 1 << 22  # bytes at the start that may be looked at to tell the era
@@ -105,8 +107,6 @@ class XentraceRecording:
         held, seq = 0, 0
         for rows in self._rounds(cursors):
             n = len(rows["code"])
-            if not n:
-                continue
             counts = tally(rows)
             out = frame(rows, counts, numbers, seq, self._pcpus.first_tsc or 0, self._options.tsc_khz)
             self._count(counts)
@@ -127,52 +127,24 @@ class XentraceRecording:
 
     def _rounds(self, cursors: list[Cursor]) -> Iterator[Rows]:
         """Read in rounds; yield rows in their final order."""
-        state, waiting = self._pcpus, None
-        behind = np.zeros(len(cursors), dtype=np.int64)  # events of each pCPU that wait to be emitted
-        while True:
-            live = np.array([i for i, c in enumerate(cursors) if not c.done], dtype=np.int64)
-            if not len(live):
-                if waiting is not None:
-                    yield waiting
-                return
-            held = int(behind.sum()) * _ROW_BYTES
-            room = behind[live] * _ROW_BYTES <= self._chunk // (2 * len(live))
-            slowest = live[np.lexsort((live, state.tsc[live], state.segment[live]))[0]]
-            room |= live == slowest
+        state, merge = self._pcpus, Merge(len(cursors))
+        live = np.array([i for i, c in enumerate(cursors) if not c.done], dtype=np.int64)
+        while len(live):
+            # Read on where little waits, and where everyone else waits for.
+            room = merge.behind[live] * _ROW_BYTES <= self._chunk // (2 * len(live))
+            room[np.lexsort((live, state.tsc[live], state.segment[live]))[0]] = True
             wanted = live[room]
-            quota = min(self._chunk, max(2 * self._chunk - held, 0)) // len(wanted)
-            quota = max(quota, min(_QUOTA_MIN, self._chunk)) // 4 * 4
-            rows = self._round([cursors[i] for i in wanted.tolist()], wanted, quota)
-            waiting = rows if waiting is None else concat((waiting, rows))
-            live = np.array([i for i, c in enumerate(cursors) if not c.done], dtype=np.int64)
-            done, waiting = self._ripe(waiting, live)
-            behind = np.bincount(waiting["pcpu"], minlength=len(cursors))
-            yield done
-
-    def _ripe(self, rows: Rows, live: NDArray[np.int64]) -> tuple[Rows, Rows]:
-        """Sort rows and cut them at the key that the slowest of the ``live`` pCPUs stands at."""
-        segment, tsc, pcpu = rows["segment"], rows["tsc"], rows["pcpu"]
-        n = len(tsc)
-        if not n:
-            return rows, rows
-        flat = bool((segment == segment[0]).all())
-        if not flat:
-            rows = take(rows, np.lexsort((pcpu, tsc, segment)))
-        elif not (tsc[1:] >= tsc[:-1]).all():
-            rows = take(rows, np.argsort(tsc, kind="stable"))
-        if flat:
-            _order_equals(rows)
-        if not len(live):
-            return rows, {name: column[:0] for name, column in rows.items()}
-        state = self._pcpus
-        p = live[np.lexsort((live, state.tsc[live], state.segment[live]))[0]]
-        # Other pCPUs' records with this very key are known completely up to pCPU p, and p's own come in file order.
-        low, high = _range(rows["segment"], state.segment[p], 0, n)
-        low, high = _range(rows["tsc"], state.tsc[p], low, high)
-        cut = _range(rows["pcpu"], p, low, high)[1]
-        # Copies, so that what waits does not keep a whole round's columns alive.
-        rest = {name: column[cut:].copy() for name, column in rows.items()}
-        return {name: column[:cut] for name, column in rows.items()}, rest
+            left = max(_HELD * self._chunk - int(merge.behind.sum()) * _ROW_BYTES, 0)
+            quota = max(min(self._chunk, left) // len(wanted), min(_QUOTA_MIN, self._chunk)) // 4 * 4
+            merge.add(self._round([cursors[i] for i in wanted.tolist()], wanted, quota))
+            live = np.array([i for i in live.tolist() if not cursors[i].done], dtype=np.int64)
+            key = None
+            if len(live):
+                p = live[np.lexsort((live, state.tsc[live], state.segment[live]))[0]]
+                key = (int(state.segment[p]), int(state.tsc[p]), int(p))
+            done = merge.ripe(key)
+            if done is not None:
+                yield done
 
     def _round(self, cursors: list[Cursor], dense: NDArray[np.int64], quota: int) -> Rows:
         """Read, walk and extract the next pieces of ``cursors``; move them on."""
@@ -379,24 +351,6 @@ class XentraceRecording:
             new = any(ids & known for known, since, _ in self._layout.evidence if since)
             self._dom_era = (None if old == new else old,)
         return self._dom_era[0]
-
-
-def _order_equals(rows: Rows) -> None:
-    """Put rows sorted by TSC in the order of their pCPUs where TSCs are equal (in place)."""
-    tsc, pcpu = rows["tsc"], rows["pcpu"]
-    same = np.flatnonzero(tsc[1:] == tsc[:-1])
-    if not len(same) or (pcpu[same + 1] >= pcpu[same]).all():
-        return
-    at = np.union1d(same, same + 1)
-    order = at[np.lexsort((pcpu[at], tsc[at]))]
-    for column in rows.values():
-        column[at] = column[order]
-
-
-def _range(column: NDArray[Any], value: np.generic | int, low: int, high: int) -> tuple[int, int]:
-    """Return which part of ``column[low:high]``, which is sorted, equals ``value``."""
-    part, key = column[low:high], column.dtype.type(value)
-    return low + int(np.searchsorted(part, key)), low + int(np.searchsorted(part, key, side="right"))
 
 
 READER: Final = XentraceReader()

@@ -79,7 +79,12 @@ def sentence(result: Result) -> str:
     by: dict[str, list[str]] = {}
     for g in groups:
         by.setdefault(g["verdict"], []).extend(g["targets"])
+    lost = [why for i in result.inputs for why in i.incomplete]
+    if lost:
+        tail += f"; the trace is incomplete: {', '.join(dict.fromkeys(lost))}"
     words = {"breaks": "breaks at", "review": "to be reviewed for", "safe": "safe to"}
+    if set(by) == {"safe"} and lost:
+        return f"From {source}: nothing seen that would break at {release.fold_text(by['safe'])}, for {what}{tail}."
     if set(by) == {"safe"}:
         return f"Safe from {source} to {release.fold_text(by['safe'])} for {what}{tail}."
     parts = [f"{words[v]} {release.fold_text(by[v])}" for v in ("breaks", "review", "safe") if v in by]
