@@ -128,19 +128,19 @@ sizes = {
 }
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=trace().filter(bool), **sizes)
 def test_whole_streams(data: bytes, chunk: int, block: int, rows: int) -> None:
     check(data, chunk, block, rows)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=damaged().filter(bool), **sizes)
 def test_damaged_streams(data: bytes, chunk: int, block: int, rows: int) -> None:
     check(data, chunk, block, rows)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=damaged().filter(bool), **sizes)
 def test_small_blocks_of_the_first_pass(data: bytes, chunk: int, block: int, rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -253,3 +253,14 @@ def test_one_pcpu_far_behind_many() -> None:
         parts.append(struct.pack("<III", twin.MAGIC, pcpu, len(late)) + late)
     check(b"".join(parts), 1 << 10, 592, 1 << 20)
     check(b"".join(parts), 1 << 16, 592, 1 << 20)
+
+
+def test_what_comes_between_an_exit_and_its_call_in_another_batch() -> None:
+    """The loss stands in a round of its own, without any VM exit or call."""
+    filler = b"".join(struct.pack("<IQI", 0x9010F001, 10 + i, 0) for i in range(40))
+    exit_ = struct.pack("<IQIII", 0xB0081102, 5, 0x12, 7, 0)
+    lost = struct.pack("<IQIIQ", 0xC001F001, 100, 3, 4, 50)
+    call = struct.pack("<II", 0x10082012, 12)
+    for body in (exit_ + filler + lost + filler + call, exit_ + filler + call):
+        for chunk in (64, 1 << 20):
+            check(struct.pack("<III", twin.MAGIC, 0, len(body)) + body, chunk, 592, 1 << 20)

@@ -100,7 +100,7 @@ def follows(old: Entry, now: Entry, adjacent: bool) -> bool:
         if old.subs == done + 1 and b.amount > 1:
             return True  # inside one
         return done > 0 and pointed and old.subs == 0  # sub-calls are not recorded
-    return done > 0 and done % b.stride == 0 and (adjacent or pointed)
+    return done > 0 and done % b.stride == 0 and ((adjacent and a.amount >= 64) or pointed)
 
 
 def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], int]:

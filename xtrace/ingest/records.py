@@ -108,7 +108,8 @@ def extract(
         for i in range(3, int(np.max(rows["extra"], where=args, initial=0))):
             rows[f"w{i}"] = b.word(at, i)
     calls = np.flatnonzero(code == _VMMCALL)
-    if len(calls) or b.code.max(initial=0) >= _CODE["exit32"]:
+    # Also where there is only something that comes between an exit of an earlier batch and a call of a later one.
+    if len(calls) or b.code.max(initial=0) >= _CODE["exit32"] or pcpus.exit.any():
         _vmmcalls(rows, b, pcpus, at[calls], calls, dom_era)
     some = np.flatnonzero(_OTHER.take(code))
     if len(some):
