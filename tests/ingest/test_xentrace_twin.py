@@ -128,19 +128,19 @@ sizes = {
 }
 
 
-@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=trace().filter(bool), **sizes)
 def test_whole_streams(data: bytes, chunk: int, block: int, rows: int) -> None:
     check(data, chunk, block, rows)
 
 
-@settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=damaged().filter(bool), **sizes)
 def test_damaged_streams(data: bytes, chunk: int, block: int, rows: int) -> None:
     check(data, chunk, block, rows)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=damaged().filter(bool), **sizes)
 def test_small_blocks_of_the_first_pass(data: bytes, chunk: int, block: int, rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
