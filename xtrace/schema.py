@@ -90,7 +90,6 @@ READING: Final = pl.Struct({**_FIELDS, "inner": INNER})
 _CALLER = pl.Enum(CALLERS)
 _KIND = pl.Enum(KINDS)
 _EVIDENCE = pl.Enum(EVIDENCE)
-_OUTCOME = pl.Enum(OUTCOMES)
 
 #: One row per record that matters.
 EVENTS: Final = pl.Schema(

@@ -47,10 +47,7 @@ def reading(d: Decoded, inner: pl.Series | None = None) -> pl.Series:
         },
         schema=dict(_READ),
     )
-    if inner is not None:
-        frame = frame.with_columns(inner.alias("inner"))
-    elif d.hypercall.number == MULTICALL or inner is None:
-        frame = frame.with_columns(pl.lit(None, dtype=INNER).alias("inner"))
+    frame = frame.with_columns(pl.lit(None, dtype=INNER).alias("inner") if inner is None else inner.alias("inner"))
     return frame.to_struct("reading")
 
 
