@@ -219,7 +219,7 @@ def _null(name: str, n: int) -> pl.Series:
     return _nulls(name).head(n) if n <= _NULLS else pl.repeat(None, n, dtype=EVENTS[name], eager=True).alias(name)
 
 
-def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, first_tsc: int, tsc_khz: int | None) -> pl.DataFrame:
+def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, tsc_khz: int | None) -> pl.DataFrame:
     """Build a frame of ``schema.EVENTS``.
 
     Args:
@@ -227,7 +227,6 @@ def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, firs
         counts: ``tally`` of them.
         numbers: pCPU number by dense number.
         seq: number of the first one.
-        first_tsc: zero of ``time_ns``.
         tsc_khz: TSC frequency, if known.
     """
     n = len(rows["code"])

@@ -108,7 +108,7 @@ class XentraceRecording:
         for rows in self._rounds(cursors):
             n = len(rows["code"])
             counts = tally(rows)
-            out = frame(rows, counts, numbers, seq, self._pcpus.first_tsc or 0, self._options.tsc_khz)
+            out = frame(rows, counts, numbers, seq, self._options.tsc_khz)
             self._count(counts)
             seq, held = seq + n, held + n
             ready.append(out)
