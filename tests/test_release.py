@@ -31,7 +31,11 @@ def test_the_list_is_ordered_and_complete() -> None:
     known = release.releases()
     assert list(known) == sorted(known)
     assert known[0].version == "3.0.2"
-    assert known[-1].version == "4.22.0" == release.newest().version
+    assert known[-2].version == "4.22.0" == release.newest().version
+    # The development branch, pinned to one commit, comes last.
+    assert known[-1].version == "4.23-unstable"
+    assert [r for r in known if not r.released] == [known[-1]]
+    assert known[-1].tag == known[-1].commit
     assert [v for v in VERSIONS if v.startswith("3.")] == [
         "3.0.2",
         "3.0.3",
@@ -147,8 +151,10 @@ def test_exact_texts_have_no_note(text: str, folded: str) -> None:
         ("4.1.6.2", "4.1.6.1", "nearest known is 4.1.6.1"),
         ("4.18-unstable", "4.18.0", "from before 4.18.0"),
         ("stable-4.18", "4.18.6", "newest known release"),
-        ("4.23-unstable", "4.22.0", "newer than every known release"),
-        ("4.23.0", "4.22.0", "newer than every known release"),
+        ("4.23.0", "4.23-unstable", "the development branch of 2026-08-20 (c447b7308b13)"),
+        ("4.23", "4.23-unstable", "the development branch"),
+        ("master", "4.23-unstable", "the development branch"),
+        ("staging", "4.23-unstable", "the development branch"),
     ],
 )
 def test_the_nearest_release_with_a_note(text: str, version: str, note: str) -> None:
@@ -195,9 +201,9 @@ def test_any_text_is_a_selection_or_unknown(text: str) -> None:
 def test_expand() -> None:
     assert release.expand([]) == frozenset()
     assert release.expand(["3.3.0", "4.13.2..4.13.5"]) == {"3.3.0", "4.13.2", "4.13.3", "4.13.4", "4.13.5"}
-    assert release.expand(["4.21.2.."]) == {"4.21.2", "4.22.0"}
+    assert release.expand(["4.21.2.."]) == {"4.21.2", "4.22.0", "4.23-unstable"}
     assert release.expand(("4.9.4..4.10.0",)) == {"4.9.4", "4.10.0"}
-    assert release.indices(["3.0.2", "4.22.0"]) == {0, len(VERSIONS) - 1}
+    assert release.indices(["3.0.2", "4.22.0"]) == {0, len(VERSIONS) - 2}
 
 
 @pytest.mark.parametrize(
@@ -209,8 +215,8 @@ def test_malformed_spans(spans: list[str]) -> None:
 
 
 def test_fold() -> None:
-    assert release.fold(release.expand(["4.18.0.."])) == ["4.18–4.22"]
-    assert release.fold(release.expand(["4.18.0.."]), whole_series=False) == ["4.18.0–4.22.0"]
+    assert release.fold(release.expand(["4.18.0.."])) == ["4.18–4.22", "4.23-unstable"]
+    assert release.fold(release.expand(["4.18.0.."]), whole_series=False) == ["4.18.0–4.22.0", "4.23-unstable"]
     assert release.fold(release.expand(["4.13.2..4.13.5"])) == ["4.13.2–4.13.5"]
     assert release.fold(release.expand(["4.13.0..4.13.5"])) == ["4.13"]
     assert release.fold(release.expand(["4.13.2..4.15.7"])) == ["4.13.2–4.15.7"]

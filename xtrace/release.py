@@ -60,6 +60,8 @@ class Release:
     date: date = field(compare=False)
     #: Other tags of the same commit.
     also: tuple[str, ...] = field(compare=False, default=())
+    #: False: a snapshot of the development branch; the tag is then the commit.
+    released: bool = field(compare=False, default=True)
 
     @property
     def series(self) -> str:
@@ -107,8 +109,12 @@ def releases() -> tuple[Release, ...]:
     try:
         rows = tomllib.loads(_DATA.read_text(encoding="utf-8"))["release"]
         out = tuple(
-            Release(_key(r["version"]), r["version"], r["tag"], r["commit"], r["date"], tuple(r.get("also", ()))) for r in rows
-        )
+            Release(
+                _key(r["version"]), r["version"], r["tag"], r["commit"], r["date"], tuple(r.get("also", ())),
+                bool(r.get("released", True)),
+            )
+            for r in rows
+        )  # fmt: skip
     except (OSError, KeyError, ValueError) as exc:  # TOMLDecodeError is a ValueError
         raise FactError(f"abi/releases.toml cannot be used: {exc}") from exc
     if not out or any(a >= b for a, b in pairwise(out)):
@@ -117,8 +123,8 @@ def releases() -> tuple[Release, ...]:
 
 
 def newest() -> Release:
-    """Return the newest known release."""
-    return releases()[-1]
+    """Return the newest release (a snapshot is none)."""
+    return next(r for r in reversed(releases()) if r.released)
 
 
 def get(text: str) -> Release:
@@ -163,7 +169,7 @@ def index(version: str) -> int:
 
 
 def _key(version: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in version.split("."))
+    return tuple(int(n) for n in version.partition("-")[0].split("."))
 
 
 @cache
@@ -179,7 +185,8 @@ def _by_name() -> dict[str, Release]:
 def _by_series() -> dict[str, tuple[Release, ...]]:
     out: dict[str, list[Release]] = {}
     for release in releases():
-        out.setdefault(release.series, []).append(release)
+        if release.released:
+            out.setdefault(release.series, []).append(release)
     return {name: tuple(members) for name, members in out.items()}
 
 
@@ -211,6 +218,8 @@ _LOOSE: Final = re.compile(
 #: What makes it a build from before the release that it names.
 _BEFORE: Final = re.compile(r"[-.~+_ ]?(?:rc[-.]?\d*|pre\b|unstable|dev\b)", re.IGNORECASE)
 _BRANCH: Final = re.compile(r"^(?:stable|staging)-|-(?:stable|staging|testing)\b", re.IGNORECASE)
+#: What people call the development branch.
+_MASTER: Final = frozenset({"master", "staging", "unstable", "xen-unstable", "upstream"})
 #: A version number has at most this many digits.
 _DIGITS: Final = 4
 
@@ -231,6 +240,8 @@ def parse(text: str) -> Selection:
     exact = _exact(text)
     if exact is not None:
         return Selection(text, exact)
+    if text.lower() in _MASTER:
+        return _snapshot(text)
     ranged = _range(text)
     if ranged is not None:
         return Selection(text, ranged)
@@ -261,7 +272,7 @@ def _range(text: str) -> tuple[Release, ...] | None:
         if not found:
             continue
         first = _exact(left)
-        last = releases()[-1:] if separator == ".." and not right else _exact(right)
+        last = (newest(),) if separator == ".." and not right else _exact(right)
         if first is None or last is None:
             if separator == "-":  # also stands inside what vendors append
                 return None
@@ -311,12 +322,19 @@ def _nearest(text: str, key: tuple[int, ...], members: tuple[Release, ...], rest
 
 def _beyond(text: str, key: tuple[int, ...], rest: str) -> Selection:
     """Choose for a series that is not known: the newest release if the text is newer, else nothing."""
-    last = newest()
-    major, minor = last.key[:2]
+    major, minor = newest().key[:2]
     newer = key > (major, minor) and (key == (major, minor + 1) or (key[0] == major and _BEFORE.match(rest)))
     if not newer:
         raise UnknownRelease(f"{text!r} is not a Xen release that xtrace knows{_hint(text)}")
-    note = f"{text} is newer than every known release; it is judged as {last}, the newest known"
+    return _snapshot(text)
+
+
+def _snapshot(text: str) -> Selection:
+    last = releases()[-1]
+    if last.released:
+        note = f"{text} is newer than every known release; it is judged as {last}, the newest known"
+    else:
+        note = f"{text} is judged as {last}, the development branch of {last.date} ({last.commit[:12]})"
     return Selection(text, (last,), note)
 
 
@@ -414,6 +432,8 @@ def fold(versions: Iterable[str], *, whole_series: bool = True) -> list[str]:
         first, last = known[i], known[j]
         if i == j:
             out.append(str(first))
+        elif not last.released:
+            out += [*fold((r.version for r in known[i:j]), whole_series=whole_series), str(last)]
         elif whole_series and _by_series()[first.series][0] == first and _by_series()[last.series][-1] == last:
             out.append(first.series if first.series == last.series else f"{first.series}–{last.series}")
         else:

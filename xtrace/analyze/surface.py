@@ -57,9 +57,9 @@ def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
     )
     return (
         calls.with_columns(
-            number=pl.coalesce("number", (pl.col("arg0") & 0xFFFFFFFF).cast(pl.Int64)).mul(
-                pl.when(pl.col("op").is_in(_commands())).then(1)
-            )
+            number=pl.coalesce(
+                "number", pl.when(pl.col("op").is_in(_commands("arg0"))).then((pl.col("arg0") & 0xFFFFFFFF).cast(pl.Int64))
+            ).mul(pl.when(pl.col("op").is_in(_commands())).then(1))
         )
         .group_by("domid", "caller", "op", "number", maintain_order=True)
         .agg(
@@ -84,10 +84,9 @@ def merge(parts: Iterable[pl.DataFrame]) -> pl.DataFrame:
     )  # fmt: skip
 
 
-def _commands() -> list[int]:
-    from xtrace.replay.facts import command_hypercalls
-
-    return sorted(command_hypercalls())
+def _commands(at: str | None = None) -> list[int]:
+    """Return the hypercalls with sub-operations; those that name it at one place only."""
+    return sorted(n for n in facts.command_hypercalls() if at is None or facts.command_at(n) == at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +132,8 @@ def representatives(b: Behaviour, total: int | None) -> tuple[States, np.ndarray
     states = States(tuple(args), memory)
     changes: dict[str, Column] = {}
     known = np.ones(n, bool)
-    if facts_command(b):
-        changes["arg0"] = Column.full(n, b.number)
+    if b.command_at is not None:
+        changes[b.command_at] = Column.full(n, b.number)
     if b.params.get("count") is not None:
         changes[f"arg{b.params['count']}"] = Column(t, known)
     if b.total:
@@ -144,11 +143,6 @@ def representatives(b: Behaviour, total: int | None) -> tuple[States, np.ndarray
     if b.params.get("done"):
         changes[f"mem.{b.params['done'].removeprefix('mem.')}"] = Column.full(n, 0)
     return states.replace(changes), p
-
-
-def facts_command(b: Behaviour) -> bool:
-    """Say whether arg0 names the operation."""
-    return bool(b.ident) and facts.is_command(str(b.ident[0]))
 
 
 def judge(

@@ -25,6 +25,7 @@ class Targets:
 def choose(sources: Sequence[str], wanted: Sequence[str]) -> Targets:
     """Return what the user named, else the same release, every later one, and the series before as a rollback line.
 
+    The development branch is judged only when it is named.
     Upstream promises no downgrade: the rollback line does not count for the exit status unless it is asked for by name.
 
     Raises:
@@ -41,7 +42,7 @@ def choose(sources: Sequence[str], wanted: Sequence[str]) -> Targets:
                 notes.append(selection.note)
         return Targets(tuple(r.version for r in known if r.version in chosen), frozenset(), tuple(notes))
     first = next(i for i, r in enumerate(known) if r.version in set(sources))
-    later = [r.version for r in known[first:]]
+    later = [r.version for r in known[first:] if r.released or r.version in sources]
     series = known[first].series
     before = [r for r in known[:first] if r.series != series]
     rollback = [r.version for r in before if r.series == before[-1].series] if before else []

@@ -122,6 +122,7 @@ class Behaviour:
     inner_continues: tuple[str, ...] | None = None  # those of them that the codec is for; null: all
     inner_unmatched: str = "-ENOSYS"
     domids_unless: tuple[tuple[str, int], ...] = ()  # the caveat domids holds unless all of these hold
+    command_at: str | None = "arg0"  # location that names the operation
     ident: tuple[Any, ...] = field(compare=False, repr=False, default=())
 
     @property
@@ -155,6 +156,7 @@ class Hypercall:
     caller: str
     status: Status
     command: bool
+    command_at: str | None  # location that names the sub-operation: arg0, mem.cmd
     parameters: tuple[str, ...]
     dispatch: Dispatch | None
     by_number: Mapping[int, Behaviour]
@@ -171,7 +173,7 @@ class Hypercall:
             self.status,
             self.absent_errno,
             None if d is None else (d.mask, d.shift, d.width, d.unmatched, d.checks, d.command_bits, d.guard, d.sign_extend),
-            tuple(b.ident for _, b in sorted(self.by_number.items())),
+            tuple((n, b.ident, b.checks) for n, b in sorted(self.by_number.items())),
             None if self.never_operations is None else tuple(sorted(self.never_operations)),
         )
 

@@ -236,6 +236,16 @@ class Unchanged:
         return {}
 
 
+class Redirect(Unchanged):
+    """Another number takes the place of the operation's; the continuation is one of that number (EVTCHNOP_reset_cont)."""
+
+    def preempt(self, b: Behaviour, issued: States, progress: U64) -> dict[str, Column]:
+        to = b.params.get("to_operation")
+        if to is None or b.command_at is None:
+            return {}
+        return {b.command_at: Column.full(len(progress), int(to))}
+
+
 def _location(name: str) -> str:
     return name if name.startswith(("arg", "mem.")) else f"mem.{name}"
 
@@ -269,6 +279,8 @@ CODECS: dict[str, Codec] = {
     "guest_structure": GuestStructure(),
     "hypervisor": Unchanged("hypervisor"),
     "restart": Unchanged("none"),
+    "redirect": Redirect("redirect"),
+    "unknown": Unchanged("none"),
 }
 
 

@@ -1,21 +1,32 @@
-"""The fact files of ``xtrace/replay/abi``, looked up by release, caller and hypercall.
+"""The facts about hypercalls, looked up by release, caller and number.
 
 Nothing here knows what any release does; it only finds the entry that speaks about it. See ``abi/FORMAT.md``.
 """
 
 from __future__ import annotations
 
-import tomllib
 from functools import cache
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Final
 
 from xtrace import release as releases_mod
 from xtrace.errors import FactError
 from xtrace.replay.behaviour import U64, Behaviour, Check, Dispatch, Hypercall, Special, Status
+from xtrace.replay.factfiles import (
+    constant_number,
+    constants,
+    covers,
+    documents,
+    files,
+    hypercall_names,
+    in_table,
+    interface_version,
+    load,
+    only,
+    part,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterator, Mapping
 
 
 __all__ = (
@@ -24,10 +35,10 @@ __all__ = (
     "Dispatch",
     "Hypercall",
     "Special",
+    "command_at",
     "command_hypercalls",
     "files",
     "hypercall_names",
-    "is_command",
     "lookup",
     "mark",
     "modelled_releases",
@@ -36,9 +47,6 @@ __all__ = (
 )
 
 
-#: Files of the data folder that are not one hypercall's facts.
-_OTHER: Final = frozenset({"releases.toml", "tables.toml", "numbers.toml", "never.toml", "trace_events.toml"})
-
 #: Prefix of the constants that arg0 of a hypercall without a file of its own may hold.
 _PREFIX: Final = {
     "vcpu_op": "VCPUOP_", "sched_op": "SCHEDOP_", "event_channel_op": "EVTCHNOP_", "physdev_op": "PHYSDEVOP_",
@@ -46,81 +54,31 @@ _PREFIX: Final = {
 }  # fmt: skip
 
 
-def _read(name: str) -> dict[str, Any]:
-    text = resources.files("xtrace.replay").joinpath("abi", name).read_text("utf-8")
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as exc:
-        raise FactError(f"abi/{name}: {exc}") from exc
+@cache
+def modelled_releases(caller: str = "pv64") -> frozenset[str]:
+    """Return the releases at which every hypercall in a caller's table that may continue has facts."""
+    return frozenset(
+        r.version
+        for r in releases_mod.releases()
+        if in_table(r.version, caller, 12) is not None
+        and all(part(r.version, caller, n) or not in_table(r.version, caller, n) for n in files())
+    )
 
 
 @cache
-def files() -> dict[int, str]:
-    """Return the fact file of each hypercall number that has one."""
-    out: dict[int, str] = {}
-    for entry in resources.files("xtrace.replay").joinpath("abi").iterdir():
-        if entry.name.endswith(".toml") and entry.name not in _OTHER:
-            head = _load(entry.name)["hypercall"]
-            if head["number"] in out:
-                raise FactError(f"abi/{entry.name}: hypercall {head['number']} stands in {out[head['number']]} too")
-            out[head["number"]] = entry.name
-    return out
-
-
-@cache
-def _load(name: str) -> dict[str, Any]:
-    return _read(name)
-
-
-@cache
-def _never() -> dict[str, Any]:
-    return _load("never.toml")
-
-
-def _tables() -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = _load("tables.toml").get("hypercall", [])
-    return rows
-
-
-@cache
-def _numbers() -> dict[str, list[tuple[int, frozenset[str]]]]:
-    """Return constant name -> [(number, releases)], from the generated table."""
-    out: dict[str, list[tuple[int, frozenset[str]]]] = {}
-    for row in _load("numbers.toml").get("constant", []):
-        spans = releases_mod.expand(tuple(row["releases"]))
-        out.setdefault(row["name"], []).append((row["number"], spans))
-    return out
-
-
-@cache
-def hypercall_names() -> dict[int, str]:
-    """Return hypercall number -> Xen's name, the newest one where it was renamed."""
-    out: dict[int, str] = {}
-    for row in _tables():
-        out[int(row["number"])] = row["name"]
-    for number, name in files().items():
-        out[number] = _load(name)["hypercall"]["name"]
-    return out
-
-
-@cache
-def modelled_releases() -> frozenset[str]:
-    """Return the releases that every fact file speaks about."""
-    parts = [releases_mod.expand(tuple(_load(name)["model"]["releases"])) for name in files().values()]
-    return frozenset.intersection(*parts) if parts else frozenset()
-
-
-@cache
-def is_command(name: str) -> bool:
-    """Say whether arg0 of the hypercall described by file ``name`` names a sub-operation."""
-    return bool(_load(name)["hypercall"].get("command", False))
+def command_at(number: int) -> str | None:
+    """Return where the sub-operation of a hypercall is named: ``arg0``, ``mem.cmd``; None if it has none."""
+    for _, doc in documents(number):
+        command = doc["hypercall"].get("command", False)
+        return command if isinstance(command, str) else "arg0" if command else None
+    return "arg0" if any(r["number"] == number and r.get("command") for r in load("never.toml").get("never", [])) else None
 
 
 @cache
 def command_hypercalls() -> frozenset[int]:
-    """Return the numbers of the hypercalls whose arg0 names a sub-operation."""
-    own = {number for number, name in files().items() if is_command(name)}
-    return frozenset(own | {int(r["number"]) for r in _never().get("never", []) if r.get("command")})
+    """Return the numbers of the hypercalls with sub-operations."""
+    rows = load("never.toml").get("never", [])
+    return frozenset(n for n in {*files(), *(int(r["number"]) for r in rows)} if command_at(n) is not None)
 
 
 def operation_label(number: int, operation: int | None) -> str | None:
@@ -132,7 +90,7 @@ def operation_label(number: int, operation: int | None) -> str | None:
         return own
     prefix = _PREFIX.get(hypercall_names().get(number, ""))
     if prefix is not None:
-        for name, rows in _numbers().items():
+        for name, rows in constants().items():
             if name.startswith(prefix) and any(n == operation for n, _ in rows):
                 return name
     return str(operation)
@@ -140,28 +98,17 @@ def operation_label(number: int, operation: int | None) -> str | None:
 
 @cache
 def operation_names(number: int) -> dict[int, str]:
-    """Return sub-operation number -> Xen's constant over all releases, for a hypercall with a fact file."""
-    if number not in files():
-        return {}
-    doc = _load(files()[number])
-    return {int(o["number"]): str(o["name"]) for o in doc.get("operation", []) if "number" in o}
-
-
-@cache
-def _expand(spans: tuple[str, ...]) -> frozenset[str]:
-    return releases_mod.expand(spans)
-
-
-def _covers(row: Mapping[str, Any], release: str, caller: str, model: Mapping[str, Any]) -> bool:
-    callers = row.get("callers", model.get("callers", ()))
-    return caller in callers and release in _expand(tuple(row.get("releases", model.get("releases", ()))))
-
-
-def _only(rows: Iterable[Mapping[str, Any]], what: str) -> Mapping[str, Any] | None:
-    found = list(rows)
-    if len(found) > 1:
-        raise FactError(f"{what}: {len(found)} entries speak about the same release and caller")
-    return found[0] if found else None
+    """Return sub-operation number -> Xen's constant over all releases, for a hypercall with fact files."""
+    out: dict[int, str] = {}
+    for _, doc in documents(number):
+        for op in doc.get("operation", []):
+            if "number" in op:
+                out[int(op["number"])] = str(op["name"])
+        for group in doc.get("group", []):
+            for name in group["names"]:
+                for n, _ in constants().get(name, ()):
+                    out.setdefault(n, str(name))
+    return out
 
 
 @cache
@@ -176,20 +123,19 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
     name = hypercall_names().get(number, f"hypercall_{number}")
     if number not in files():
         return _other(release, caller, number, name)
-    path = files()[number]
-    doc = _load(path)
-    head, model = doc["hypercall"], doc["model"]
-    where = f"abi/{path}: {release}, {caller}"
+    path = part(release, caller, number)
+    at = command_at(number)
 
-    def facts(status: Status, why: str, **kw: Any) -> Hypercall:
+    def answer(status: Status, why: str, **kw: Any) -> Hypercall:
         return Hypercall(
-            name=head["name"],
+            name=name,
             number=number,
             release=release,
             caller=caller,
             status=status,
-            command=bool(head.get("command", False)),
-            parameters=tuple(head.get("parameters", ())),
+            command=at is not None,
+            command_at=at,
+            parameters=() if path is None else tuple(load(path)["hypercall"].get("parameters", ())),
             dispatch=kw.get("dispatch"),
             by_number=kw.get("by_number", {}),
             absent_errno=kw.get("absent_errno", "-ENOSYS"),
@@ -198,51 +144,76 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
             why=why,
         )
 
-    if not _covers({}, release, caller, model):
-        return facts("unknown", f"{head['name']} is not modelled for {caller} at {release}")
-    present = _only((r for r in doc.get("present", []) if _covers(r, release, caller, model)), f"{where}, present")
-    if present is None:
-        absent = _only((r for r in doc.get("absent", []) if _covers(r, release, caller, model)), f"{where}, absent")
-        errno = (absent or {}).get("absent_errno", "-ENOSYS")
-        return facts("absent", f"{head['name']} is not in the {caller} hypercall table of {release}", absent_errno=errno)
+    if path is None:
+        if in_table(release, caller, number) is False:
+            return answer("absent", f"{name} is not in the {caller} hypercall table of {release}")
+        return answer("unknown", f"{name} is not modelled for {caller} at {release}")
+    doc = load(path)
+    model = doc["model"]
+    where = f"abi/{path}: {release}, {caller}"
+
+    def one(kind: str) -> Mapping[str, Any] | None:
+        return only((r for r in doc.get(kind, []) if covers(r, release, caller, model)), f"{where}, {kind}")
+
+    if one("present") is None:
+        errno = (one("absent") or {}).get("absent_errno", "-ENOSYS")
+        return answer("absent", f"{name} is not in the {caller} hypercall table of {release}", absent_errno=errno)
     dispatch = None
-    if head.get("command"):
-        row = _only((r for r in doc.get("dispatch", []) if _covers(r, release, caller, model)), f"{where}, dispatch")
+    if at is not None:
+        row = one("dispatch")
         if row is None:
-            return facts("unknown", f"how {head['name']} is dispatched at {release} is not known")
-        dispatch = Dispatch(
-            mask=int(row.get("mask", U64 if int(row.get("width", 64)) == 64 else 0xFFFFFFFF)),
-            shift=row.get("shift"),
-            width=int(row.get("width", 64)),
-            unmatched=str(row.get("unmatched", "-ENOSYS")),
-            cites=tuple(row.get("cite", ())),
-            checks=tuple(_check(c) for c in row.get("requires", ())),
-            command_bits=row.get("command_bits"),
-            command_bits_except=tuple(row.get("command_bits_except", ())),
-            guard=str(row.get("guard", "any")),
-            guard_errno=str(row.get("guard_errno", "-EPERM")),
-            sign_extend=bool(row.get("sign_extend", False)),
-        )
+            return answer("unknown", f"how {name} is dispatched at {release} is not known")
+        dispatch = _dispatch(row, release)
     by_number: dict[int, Behaviour] = {}
+    for behaviour in _behaviours(path, release, caller, at):
+        if behaviour.number in by_number:
+            raise FactError(f"{where}: number {behaviour.number} stands for two operations")
+        by_number[behaviour.number] = behaviour
+    return answer("modelled", "", dispatch=dispatch, by_number=by_number)
+
+
+def _dispatch(row: Mapping[str, Any], release: str) -> Dispatch:
+    return Dispatch(
+        mask=int(row.get("mask", U64 if int(row.get("width", 64)) == 64 else 0xFFFFFFFF)),
+        shift=row.get("shift"),
+        width=int(row.get("width", 64)),
+        unmatched=str(row.get("unmatched", "-ENOSYS")),
+        cites=tuple(row.get("cite", ())),
+        checks=tuple(_check(c, release) for c in row.get("requires", ())),
+        command_bits=row.get("command_bits"),
+        command_bits_except=tuple(row.get("command_bits_except", ())),
+        guard=str(row.get("guard", "any")),
+        guard_errno=str(row.get("guard_errno", "-EPERM")),
+        sign_extend=bool(row.get("sign_extend", False)),
+    )
+
+
+def _behaviours(path: str, release: str, caller: str, at: str | None) -> Iterator[Behaviour]:
+    """Yield the behaviour of each operation that a part implements at a release."""
+    doc = load(path)
+    model = doc["model"]
     for i, op in enumerate(doc.get("operation", [])):
-        rows = ((j, r) for j, r in enumerate(op.get("behaviour", [])) if _covers(r, release, caller, model))
-        found = list(rows)
+        found = [(j, r) for j, r in enumerate(op.get("behaviour", [])) if covers(r, release, caller, model)]
         if len(found) > 1:
-            raise FactError(f"{where}, {op['name']}: {len(found)} behaviours")
-        if found:
-            j, row = found[0]
-            behaviour = _behaviour(op, row, caller, (path, i, j))
-            if behaviour.number in by_number:
-                raise FactError(f"{where}: number {behaviour.number} stands for two operations")
-            by_number[behaviour.number] = behaviour
-    return facts("modelled", "", dispatch=dispatch, by_number=by_number)
+            raise FactError(f"abi/{path}: {release}, {caller}, {op['name']}: {len(found)} behaviours")
+        for j, row in found:
+            yield _behaviour(op, row, release, caller, at, (path, i, j))
+    for i, group in enumerate(doc.get("group", [])):
+        if covers(group, release, caller, model):
+            for name in group["names"]:
+                number = constant_number(name, release)
+                if number is not None:
+                    # What a group says of its operations and of their behaviour stands in one entry.
+                    yield _behaviour({**group, "name": name, "number": number}, group, release, caller, at, (path, "group", i, name))
 
 
-def _behaviour(op: Mapping[str, Any], row: Mapping[str, Any], caller: str, ident: tuple[Any, ...]) -> Behaviour:
+def _behaviour(
+    op: Mapping[str, Any], row: Mapping[str, Any], release: str, caller: str, at: str | None, ident: tuple[Any, ...]
+) -> Behaviour:
     caveats = row.get("caveats", op.get("caveats", ()))
     if isinstance(caveats, dict):
         caveats = caveats.get(caller, ())
-    checks = tuple(_check(c) for c in row.get("requires", ()))
+    checks = tuple(_check(c, release) for c in row.get("requires", ()))
     specials = tuple(
         Special(
             name=s["name"],
@@ -258,7 +229,7 @@ def _behaviour(op: Mapping[str, Any], row: Mapping[str, Any], caller: str, ident
         )
         for s in row.get("special", ())
     )
-    known = {"releases", "callers", "special", "requires", "cite", "commit"}
+    known = {"releases", "callers", "special", "requires", "cite", "commit", "names", "name", "number", "fields", "struct"}
     return Behaviour(
         operation=str(op["name"]),
         number=int(op.get("number", 0)),
@@ -291,13 +262,14 @@ def _behaviour(op: Mapping[str, Any], row: Mapping[str, Any], caller: str, ident
         refuses=row.get("refuses"),
         last_total=row.get("last") == "total",
         max_progress=_by_caller(row.get("max_progress"), caller),
-        continues_when=_check({"errno": "", **row["continues_when"]}) if "continues_when" in row else None,
+        continues_when=_check({"errno": "", **row["continues_when"]}, release) if "continues_when" in row else None,
         order_when=row.get("order_when"),
         inner=row["inner"] if isinstance(row.get("inner"), str) else None,
         inner_operations={int(k): str(v) for k, v in row.get("inner_operations", {}).items()},
         inner_continues=tuple(row["inner_continues"]) if "inner_continues" in row else None,
         inner_unmatched=str(row.get("inner_unmatched", "-ENOSYS")),
         domids_unless=tuple(sorted((k, int(v)) for k, v in row.get("domids_unless", {}).items())),
+        command_at=at,
         ident=ident,
     )
 
@@ -305,21 +277,23 @@ def _behaviour(op: Mapping[str, Any], row: Mapping[str, Any], caller: str, ident
 @cache
 def mark(release: str, caller: str, number: int) -> tuple[int, int] | None:
     """Return (argument, flag bit) that shows a continuation by itself where its encoding is not modelled; None without one."""
-    if number not in files():
-        return None
-    row = _only(
-        (r for r in _load(files()[number]).get("mark", []) if _covers(r, release, caller, {})), f"abi/{files()[number]}, mark"
-    )
+    rows = (r for _, doc in documents(number) for r in doc.get("mark", []) if covers(r, release, caller, {}))
+    row = only(rows, f"abi: marks of hypercall {number}")
     return None if row is None else (_argument(row["arg"]), int(row["flag"]))
 
 
-def _check(c: Mapping[str, Any]) -> Check:
+def _check(c: Mapping[str, Any], release: str) -> Check:
+    equals = c.get("equals")
+    if "interface" in c:
+        equals = interface_version(c["interface"], release)
+        if equals is None:
+            raise FactError(f"abi/numbers.toml: no {c['interface']} at {release}")
     return Check(
         at=c["at"],
         errno=c["errno"],
         maximum=c.get("max"),
         minimum=c.get("min"),
-        equals=c.get("equals"),
+        equals=equals,
         zero_bits=int(c.get("zero_bits", 0)),
         resumed_only=c.get("when") == "resumed",
         width=int(c.get("width", 64)),
@@ -338,11 +312,13 @@ def _by_caller(value: Any, caller: str) -> int | None:
 def _other(release: str, caller: str, number: int, name: str) -> Hypercall:
     """Answer for a hypercall without a file of its own: ``never`` continues, or ``unknown``."""
     status: Status = "unknown"
-    why = f"{name} is not modelled yet"
+    why = f"{name} is not modelled for {caller} at {release}"
     operations: set[int] | None = set()
     command = False
-    for row in _never().get("never", []):
-        if row["number"] != number or not _covers(row, release, caller, {}):
+    if in_table(release, caller, number) is False:
+        status, why = "absent", f"{name} is not in the {caller} hypercall table of {release}"
+    for row in load("never.toml").get("never", []):
+        if status == "absent" or row["number"] != number or not covers(row, release, caller, {}):
             continue
         command = command or bool(row.get("command", False))
         status, why = "never", f"{name} never leaves a continuation at {release}"
@@ -351,7 +327,7 @@ def _other(release: str, caller: str, number: int, name: str) -> Hypercall:
             break
         assert operations is not None
         for constant in row["operations"]:
-            operations |= {n for n, spans in _numbers().get(constant, ()) if release in spans}
+            operations |= {n for n, spans in constants().get(constant, ()) if release in spans}
     return Hypercall(
         name=name,
         number=number,
@@ -359,6 +335,7 @@ def _other(release: str, caller: str, number: int, name: str) -> Hypercall:
         caller=caller,
         status=status,
         command=command,
+        command_at="arg0" if command else None,
         parameters=(),
         dispatch=None,
         by_number={},

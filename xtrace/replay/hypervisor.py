@@ -158,8 +158,8 @@ class Hypervisor:
 
         if call.status == "absent":
             status[:] = ABSENT
-            if call.command:
-                word = states.at("arg0")
+            if call.command_at:
+                word = states.at(call.command_at)
                 op[word.known] = word.value[word.known].astype(np.int64)
             return result()
         if call.status == "unknown":
@@ -172,9 +172,10 @@ class Hypervisor:
             groups = [(next(iter(call.by_number.values())), np.arange(n))] if call.by_number else []
             status[:] = MODELLED
         else:
-            word = states.at("arg0")
+            at = call.command_at or "arg0"
+            word = states.at(at)
             word = Column(call.dispatch.word(word.value), word.known)
-            states = states.replace({"arg0": word})
+            states = states.replace({at: word})
             value = word.value & np.uint64(call.dispatch.mask)
             status[:] = np.where(word.known, UNMATCHED, UNRECORDED).astype(_I8)
             # A number beyond 2^62 cannot name an operation; keep it out of the signed column.
@@ -189,7 +190,7 @@ class Hypervisor:
                     rows = rows[~bits]
                 if len(rows):
                     groups.append((b, rows))
-                    status[rows] = MODELLED
+                    status[rows] = UNKNOWN if b.codec == "unknown" else MODELLED
         for b, rows in groups:
             which[rows] = len(behaviours)
             behaviours.append(b)
@@ -206,7 +207,7 @@ class Hypervisor:
             marked[rows] = read.marked
             if b.codec in ("none", "hypervisor", "restart") and call.dispatch is not None and call.dispatch.shift is not None:
                 # Not used by this operation, but this is what stands where progress stands.
-                stray = part.at("arg0").value >> np.uint64(call.dispatch.shift)
+                stray = part.at(call.command_at or "arg0").value >> np.uint64(call.dispatch.shift)
                 shown = stray != 0
                 progress.value[rows[shown]], progress.known[rows[shown]] = stray[shown], True
             if b.inner is not None:
@@ -225,7 +226,7 @@ class Hypervisor:
 
     @staticmethod
     def _never(call: Hypercall, states: States, status: npt.NDArray[np.int8], op: npt.NDArray[np.int64]) -> None:
-        word = states.at("arg0")
+        word = states.at(call.command_at or "arg0")
         if call.command:
             op[word.known] = (word.value[word.known] & np.uint64(0xFFFFFFFF)).astype(np.int64)
         if call.never_operations is None:
@@ -287,9 +288,10 @@ class Hypervisor:
             refuse(np.arange(n), call.absent_errno)
         if call.dispatch is not None:
             refuse(np.flatnonzero(read.status == UNMATCHED), call.dispatch.unmatched)
-            word = states.at("arg0")
-            states = states.replace({"arg0": Column(call.dispatch.word(word.value), word.known)})
-            before = _before_dispatch(call.dispatch, states, read, issuer)
+            at = call.command_at or "arg0"
+            word = states.at(at)
+            states = states.replace({at: Column(call.dispatch.word(word.value), word.known)})
+            before = _before_dispatch(call.dispatch, at, states, read, issuer)
             stopped_before = np.zeros(n, bool)
             for text, hit in before:
                 refuse(np.flatnonzero(hit & ~stopped_before), text)
@@ -386,14 +388,14 @@ def _choose(rows: Mask, a: Progress, b: Progress) -> Progress:
     )  # fmt: skip
 
 
-def _before_dispatch(d: Dispatch, s: States, read: Decoded, issuer: str) -> list[tuple[str, Mask]]:
+def _before_dispatch(d: Dispatch, at: str, s: States, read: Decoded, issuer: str) -> list[tuple[str, Mask]]:
     """Return what is tested whatever the command names."""
     out = []
     if not may_issue(issuer, d.guard):
         out.append((d.guard_errno, np.ones(len(s), bool)))
     out += [(c.errno, _fails(c, s)) for c in d.checks]
     if d.command_bits is not None:
-        word = s.at("arg0")
+        word = s.at(at)
         stray = word.known & ((word.value & np.uint64(d.progress_bits())) != 0)
         spared = np.isin(read.number, np.array(d.command_bits_except, np.int64))
         out.append((d.command_bits, stray & ~spared))
@@ -408,7 +410,7 @@ def _checks(
     no = np.zeros(n, bool)
     out: list[tuple[str, Mask, Mask]] = []
     if call.dispatch is not None and b.codec not in ("shifted_index", "masked_offset"):
-        word = s.at("arg0")
+        word = s.at(call.command_at or "arg0")
         stray = word.known & ((word.value & np.uint64(call.dispatch.progress_bits())) != 0)
         if b.command_bits not in ("ignored", "unmatched"):
             out.append((b.command_bits, stray, no))
