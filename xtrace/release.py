@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from xtrace.errors import FactError, UnknownRelease
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 __all__ = (
     "Release",
     "Selection",
+    "base",
     "expand",
+    "facts_of",
+    "fixes",
     "fold",
     "fold_text",
     "get",
@@ -240,6 +243,9 @@ def parse(text: str) -> Selection:
     exact = _exact(text)
     if exact is not None:
         return Selection(text, exact)
+    fixed = _with_fixes(text)
+    if fixed is not None:
+        return fixed
     if text.lower() in _MASTER:
         return _snapshot(text)
     ranged = _range(text)
@@ -257,6 +263,68 @@ def parse(text: str) -> Selection:
         return _series_like(text, name, members, rest)
     key = (*_key(name), *(int(n) for n in match["points"][1:].split(".")))
     return _nearest(text, key, members, rest)
+
+
+@cache
+def fixes() -> dict[str, dict[str, Any]]:
+    """Return the named fixes of ``abi/fixes.toml`` by name: hypercalls, and per series the release that has it first."""
+    import tomllib
+
+    try:
+        rows = tomllib.loads((_DATA.parent / "fixes.toml").read_text(encoding="utf-8"))["fix"]
+        return {str(row["name"]): dict(row) for row in rows}
+    except (OSError, KeyError, ValueError) as exc:
+        raise FactError(f"abi/fixes.toml cannot be used: {exc}") from exc
+
+
+def facts_of(version: str, hypercall: str) -> str:
+    """Return the release whose facts hold for a hypercall at ``version``, which may carry fixes: ``4.13.1+XSA-344``."""
+    base, *names = version.split("+")
+    out = base
+    for name in names:
+        row = fixes()[name]
+        if hypercall in row["hypercalls"]:
+            out = max(out, str(row["first"].get(get(base).series, out)), key=index)
+    return out
+
+
+def base(version: str) -> str:
+    """Return the release without the fixes laid over it."""
+    return version.partition("+")[0]
+
+
+def _with_fixes(text: str) -> Selection | None:
+    """Return a release with named fixes laid over it (``4.13.1+XSA-344``), or None if no such thing is meant."""
+    plain, *names = text.split("+")
+    spelled = {n.lower().replace("-", ""): n for n in fixes()}
+    if not names or not all(re.match(r"xsa-?\d", n, re.IGNORECASE) or n.lower().replace("-", "") in spelled for n in names):
+        return None
+    chosen = parse(plain)
+    if len(chosen.releases) != 1:
+        raise UnknownRelease(f"{text!r}: a fix is laid over one release, and {plain} is a series{_hint(plain)}")
+    under = chosen.releases[0]
+    notes = [chosen.note] if chosen.note else []
+    laid = []
+    for name in names:
+        known = spelled.get(name.lower().replace("-", ""))
+        if known is None:
+            raise UnknownRelease(f"{text!r}: no fix called {name} is known; there are {', '.join(sorted(fixes()))}")
+        first = fixes()[known]["first"].get(under.series)
+        if first is None:
+            raise UnknownRelease(
+                f"{text!r}: no release of {under.series} is known to have {known}, so what it does there is not known"
+            )
+        if index(under.version) >= index(first):
+            notes.append(f"{under} has {known} already")
+        else:
+            laid.append(known)
+    if not laid:
+        return Selection(text, (under,), "; ".join(notes))
+    version = "+".join([under.version, *dict.fromkeys(laid)])
+    key = (*under.key, *(0 for _ in range(4 - len(under.key))), len(laid))
+    release = Release(key, version, under.tag, under.commit, under.date, (), under.released)
+    notes.append("; ".join(f"{n}: {fixes()[n]['what']}" for n in laid))
+    return Selection(text, (release,), f"{version} is judged as {under} with {'; '.join(notes)}")
 
 
 def _exact(text: str) -> tuple[Release, ...] | None:
@@ -428,6 +496,11 @@ def fold(versions: Iterable[str], *, whole_series: bool = True) -> list[str]:
     """
     known = releases()
     out = []
+    versions = list(versions)
+    fixed = sorted({v for v in versions if "+" in v}, key=lambda v: (index(base(v)), v))
+    if fixed:
+        plain = fold((v for v in versions if "+" not in v), whole_series=whole_series)
+        return [*plain, *fixed]
     for i, j in _runs(versions):
         first, last = known[i], known[j]
         if i == j:

@@ -16,7 +16,7 @@ from xtrace.replay import hypervisor as hv
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.states import States
 
-SAMPLE = Path(__file__).parents[2] / "samples" / "resume" / "resume-pv64.jsonl.zst"
+SAMPLES = Path(__file__).parents[2] / "samples" / "resume"
 
 #: Rows whose -ENOSYS comes from what the structure holds, not from how the continuation is read.
 CONTENT = (
@@ -29,8 +29,11 @@ RESERVATION = ("XENMEM_decrease_reservation", "XENMEM_populate_physmap", "XENMEM
 
 
 def rows() -> list[dict[str, Any]]:
-    text = pa.CompressedInputStream(pa.OSFile(str(SAMPLE)), "zstd").read().decode()
-    return [json.loads(line) for line in text.splitlines()]
+    out = []
+    for path in sorted(SAMPLES.glob("*.jsonl.zst")):
+        text = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd").read().decode()
+        out += [json.loads(line) for line in text.splitlines()]
+    return out
 
 
 def number(value: Any) -> int | None:
@@ -43,14 +46,15 @@ def number(value: Any) -> int | None:
 ROWS = [r for r in rows() if r["op"] in facts.files() and r["ret"] is not None]
 
 
+@pytest.mark.parametrize("caller", ["pv64", "pv32"])
 @pytest.mark.parametrize("target", sorted({r["target"] for r in ROWS}))
-def test_real_answers(target: str) -> None:
+def test_real_answers(target: str, caller: str) -> None:
     version = release.parse(target).releases[0].version
     seen: Counter[str] = Counter()
-    for r in (r for r in ROWS if r["target"] == target):
+    for r in (r for r in ROWS if r["target"] == target and r["caller"] == caller):
         memory = {k: [number(v)] for k, v in r["memory_before"].items() if number(v) is not None}
         states = States.of([[number(a) for a in r["args"]]], memory)
-        got = Hypervisor(version, "pv64").resume(r["op"], states, "control")
+        got = Hypervisor(version, caller).resume(r["op"], states, "control")
         disposition, where = got.disposition[0], (r["id"], target, r["what_happened"])
         if disposition == hv.REFUSED:
             if r["memory_before"].get("domid") == "self" and r["errno"] == "-ESRCH":

@@ -10,21 +10,20 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import polars as pl
 
-from xtrace.analyze import judging, outcomes
+from xtrace.analyze import judging
+from xtrace.analyze.representatives import fates
 from xtrace.replay import facts
 from xtrace.replay import hypervisor as hv
-from xtrace.replay.hypervisor import Hypervisor, may_issue
-from xtrace.replay.states import Column, States
+from xtrace.replay.hypervisor import may_issue
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from xtrace.replay.behaviour import Behaviour
+    from xtrace.replay.behaviour import Behaviour, Hypercall
 
-__all__ = ("SEEN", "Surface", "collect", "judge", "merge", "representatives")
+__all__ = ("SEEN", "Surface", "collect", "judge", "merge")
 
 #: What is kept of the calls seen: one row for each domain, caller, hypercall and sub-operation.
 SEEN: Final = pl.Schema(
@@ -40,12 +39,6 @@ SEEN: Final = pl.Schema(
         "offset": pl.UInt64(),
     }
 )
-
-#: Totals tried where the trace does not say how much was asked for.
-_TOTALS: Final = (2, 64, 512, 4096, 1 << 20)
-
-#: Progress tried: enough to tell any two shifts apart (they differ modulo small powers of two), and large values.
-_PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000}))
 
 
 def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
@@ -106,45 +99,6 @@ class Surface:
     unknown: tuple[str, ...]
 
 
-def representatives(b: Behaviour, total: int | None) -> tuple[States, np.ndarray[tuple[int], np.dtype[np.uint64]]]:
-    """Return calls of one operation as issued, and the progress at which to preempt each.
-
-    Args:
-        b: the operation at the source release.
-        total: most units that any call asked for; None if the trace does not say.
-    """
-    totals = (total,) if total is not None else _TOTALS
-    pairs = [
-        (t, p)
-        for t in totals
-        for p in (_PROGRESS if b.codec not in ("hypervisor", "restart") else (0,))
-        if b.first <= p < max(t, 1) and p % b.stride == 0
-    ]
-    if b.stride > 1:
-        pairs += [(t, k * b.stride) for t in totals for k in (1, 2, 3, 16) if k * b.stride < t]
-    if b.codec in ("hypervisor", "restart") and not pairs:
-        pairs = [(totals[0], 0)]
-    n = len(pairs)
-    t = np.array([t for t, _ in pairs], np.uint64)
-    p = np.array([p for _, p in pairs], np.uint64)
-    args = [Column.full(n, 0x1000_0000 * k) for k in range(6)]
-    memory: dict[str, Column] = {}
-    states = States(tuple(args), memory)
-    changes: dict[str, Column] = {}
-    known = np.ones(n, bool)
-    if b.command_at is not None:
-        changes[b.command_at] = Column.full(n, b.number)
-    if b.params.get("count") is not None:
-        changes[f"arg{b.params['count']}"] = Column(t, known)
-    if b.total:
-        changes[b.total] = Column(t, known)
-    for name in b.params.get("advance", {}):
-        changes.setdefault(f"mem.{name.removeprefix('mem.')}", Column.full(n, 0x1000))
-    if b.params.get("done"):
-        changes[f"mem.{b.params['done'].removeprefix('mem.')}"] = Column.full(n, 0)
-    return states.replace(changes), p
-
-
 def judge(
     source: str, caller: str, op: int, number: int | None, total: int | None, targets: list[str], issuer: str
 ) -> list[Surface]:
@@ -174,7 +128,9 @@ def judge(
     else:
         behaviours = list(call.by_number.values())
     # Who may not make the call at the source leaves no continuation of it.
-    behaviours = [b for b in behaviours if b.codec != "none" and may_issue(issuer, b.guard)]
+    behaviours = [b for b in _followed(call, behaviours) if b.codec != "none" and may_issue(issuer, b.guard)]
+    if any(b.codec == "unknown" for b in behaviours):
+        return [Surface(tuple(targets), "unknown", {}, (), (), tuple(b.operation for b in behaviours if b.codec == "unknown"))]
     if not behaviours:
         return [Surface(tuple(targets), "safe", {}, (), (), ())]
     named = (call.command and number is not None) or not call.command
@@ -187,9 +143,9 @@ def judge(
         for b in behaviours:
             name = b.operation
             sub: dict[str, int] = {}
-            for outcome, harmless, n in _judge_one(source, caller, op, b, total, group[0], issuer):
-                key = "resumes" if outcome == "restarts" and harmless else outcome
-                sub[key] = sub.get(key, 0) + n
+            for fate in fates(source, caller, op, b, group[0], issuer, total):
+                key = "resumes" if fate.outcome == "restarts" and fate.harmless else fate.outcome
+                sub[key] = sub.get(key, 0) + fate.count
             for key, n in sub.items():
                 seen[key] = seen.get(key, 0) + n
             if "unknown" in sub:
@@ -206,24 +162,15 @@ def judge(
     return out
 
 
-def _judge_one(
-    source: str, caller: str, op: int, b: Behaviour, total: int | None, target: str, issuer: str
-) -> Iterable[tuple[str, bool, int]]:
-    issued, progress = representatives(b, total)
-    if not len(progress):
-        return
-    xen = Hypervisor(source, caller)
-    left = xen.preempt(op, issued, progress)
-    read = xen.decode(op, left, issued)
-    # States that the source itself would not go on with are no matter of the target.
-    own = outcomes.judge(read, xen.resume(op, left, issuer)).outcome == outcomes.CODE["resumes"]
-    if b.codec not in ("hypervisor", "restart"):
-        rows = np.flatnonzero(own)
-        left, read = left.take(rows), read.take(rows)
-    v = outcomes.judge(read, Hypervisor(target, caller).resume(op, left, issuer))
-    code = v.outcome.astype(np.int64) * 2 + v.harmless
-    for value, n in zip(*np.unique(code, return_counts=True), strict=True):
-        yield outcomes.NAMES[value >> 1], bool(value & 1), int(n)
+def _followed(call: Hypercall, behaviours: list[Behaviour]) -> list[Behaviour]:
+    """Add the operations that continue under another number of the same hypercall."""
+    out = list(behaviours)
+    for b in behaviours:
+        to = b.params.get("to_operation") if b.codec == "redirect" else None
+        followed = call.by_number.get(to) if to is not None and b.params.get("to_hypercall", call.number) == call.number else None
+        if followed is not None and followed not in out:
+            out.append(followed)
+    return out
 
 
 def continues(source: str, caller: str, op: int) -> bool:

@@ -40,9 +40,13 @@ def choose(sources: Sequence[str], wanted: Sequence[str]) -> Targets:
             chosen |= {r.version for r in selection.releases}
             if selection.note:
                 notes.append(selection.note)
-        return Targets(tuple(r.version for r in known if r.version in chosen), frozenset(), tuple(notes))
-    first = next(i for i, r in enumerate(known) if r.version in set(sources))
+        order = sorted(chosen, key=lambda v: (release.index(release.base(v)), v))
+        return Targets(tuple(order), frozenset(), tuple(notes))
+    plain = {release.base(s) for s in sources}
+    first = next(i for i, r in enumerate(known) if r.version in plain)
     later = [r.version for r in known[first:] if r.released or r.version in sources]
+    # The same release on another host has the same fixes.
+    later = [*(s for s in sources if "+" in s), *later]
     series = known[first].series
     before = [r for r in known[:first] if r.series != series]
     rollback = [r.version for r in before if r.series == before[-1].series] if before else []

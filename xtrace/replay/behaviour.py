@@ -117,6 +117,7 @@ class Behaviour:
     max_progress: int | None = None  # largest progress that the release reads back as it wrote it
     continues_when: Check | None = None
     order_when: str | None = None
+    orders: tuple[str, ...] = ()  # the conditions that any release puts on the order of this operation
     inner: str | None = None  # location of a sub-operation number inside the structure
     inner_operations: Mapping[int, str] = field(default_factory=dict)
     inner_continues: tuple[str, ...] | None = None  # those of them that the codec is for; null: all

@@ -145,8 +145,10 @@ class CountFlag:
         out[where] = Column((left.value & ~flag) | flag, left.known)
         if b.params.get("done"):
             done = _location(b.params["done"])
-            before = issued.at(done)
-            out[done] = Column(progress, before.known)
+            before, count = issued.at(done), issued.at(where)
+            # A call that is a continuation itself counts on from what was done before.
+            base = np.where((count.value & flag) != 0, before.value, np.uint64(0))
+            out[done] = Column(base + progress, before.known)
         return out
 
 

@@ -32,7 +32,9 @@ __all__ = (
 )
 
 #: Files of the data folder that are not one hypercall's facts.
-OTHER: Final = frozenset({"releases.toml", "tables.toml", "numbers.toml", "never.toml", "trace_events.toml", "sites.toml"})
+OTHER: Final = frozenset(
+    {"releases.toml", "tables.toml", "numbers.toml", "never.toml", "trace_events.toml", "sites.toml", "fixes.toml"}
+)
 
 
 @cache

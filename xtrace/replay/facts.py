@@ -5,6 +5,7 @@ Nothing here knows what any release does; it only finds the entry that speaks ab
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -121,6 +122,8 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
         FactError: two entries speak about the same release, caller and operation.
     """
     name = hypercall_names().get(number, f"hypercall_{number}")
+    if "+" in release:
+        return replace(lookup(releases_mod.facts_of(release, name), caller, number), release=release)
     if number not in files():
         return _other(release, caller, number, name)
     path = part(release, caller, number)
@@ -204,7 +207,8 @@ def _behaviours(path: str, release: str, caller: str, at: str | None) -> Iterato
                 number = constant_number(name, release)
                 if number is not None:
                     # What a group says of its operations and of their behaviour stands in one entry.
-                    yield _behaviour({**group, "name": name, "number": number}, group, release, caller, at, (path, "group", i, name))
+                    op = {**group, "name": name, "number": number}
+                    yield _behaviour(op, group, release, caller, at, (path, "group", i, name))
 
 
 def _behaviour(
@@ -264,6 +268,7 @@ def _behaviour(
         max_progress=_by_caller(row.get("max_progress"), caller),
         continues_when=_check({"errno": "", **row["continues_when"]}, release) if "continues_when" in row else None,
         order_when=row.get("order_when"),
+        orders=tuple(dict.fromkeys(r["order_when"] for r in op.get("behaviour", ()) if "order_when" in r)),
         inner=row["inner"] if isinstance(row.get("inner"), str) else None,
         inner_operations={int(k): str(v) for k, v in row.get("inner_operations", {}).items()},
         inner_continues=tuple(row["inner_continues"]) if "inner_continues" in row else None,

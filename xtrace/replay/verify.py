@@ -9,6 +9,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from xtrace import release
+from xtrace.replay import drift
 from xtrace.replay.xentree import definition
 
 if TYPE_CHECKING:
@@ -40,19 +41,32 @@ def cites() -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 
 def verify(tree: XenTree, tag: str | None = None) -> Iterator[Checked]:
-    """Check every cite at the tags that it names (the ends of its range), or at one other tag.
+    """Check every cite at the tags that it names (the ends of its range), and what the tree has beyond the table.
+
+    A cite that holds at the newest release is checked at the development snapshot too.
 
     Args:
         tree: a Xen repository.
-        tag: check at this tag instead, to see what a newer tree no longer bears out; files that are gone are passed over.
+        tag: check what holds today at this revision instead: a branch with a patch, a new release.
     """
+    newest, last = release.newest(), release.releases()[-1]
     for file, name, cite in cites():
-        tags = [tag] if tag is not None else [cite["tag"], *cite.get("also", [])]
+        tags = [cite["tag"], *cite.get("also", [])]
+        current = newest.tag in tags or last.tag in tags
+        if tag is not None:
+            tags = [tag] if current else []
+        elif current and tree.is_commit(last.tag):
+            tags.append(last.tag)
         for t in dict.fromkeys(tags):
             yield Checked(file, name, t, _problem(tree, cite, t))
         commit = cite.get("commit")
         if commit and tag is None and not tree.is_commit(commit):
             yield Checked(file, name, commit, "no such commit")
+    for where, what, problem in drift.sites(tree, tag):
+        yield Checked(where, what, tag or "its tag", problem)
+    if tag is not None:
+        for where, what, problem in drift.constants(tree, tag):
+            yield Checked(where, what, tag, problem)
 
 
 def _problem(tree: XenTree, cite: dict[str, Any], tag: str) -> str | None:

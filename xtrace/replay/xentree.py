@@ -73,6 +73,12 @@ class XenTree:
             self._seen[key] = got[1].decode("utf-8", "replace") if got is not None and got[0] == "blob" else None
         return self._seen[key]
 
+    def grep(self, rev: str, word: str, folder: str = "xen") -> list[str]:
+        """Return the paths below ``folder`` whose text holds ``word`` at a revision; empty if there is no such revision."""
+        command = ["git", "-C", self.folder, "grep", "-l", "-F", "-e", word, rev, "--", folder]
+        done = subprocess.run(command, capture_output=True, check=False)
+        return [line.partition(":")[2] for line in done.stdout.decode("utf-8", "replace").splitlines()]
+
     def is_commit(self, name: str) -> bool:
         """Say whether a commit (or tag of one) exists."""
         got = self._ask(f"{name}^{{commit}}")

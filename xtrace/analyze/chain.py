@@ -1,0 +1,117 @@
+"""A continuation over several hosts: born on the first, carried or driven on by those between, resumed on the last.
+
+On each host the call may run and be preempted again, or stay parked all the while. So at every host the state may be one
+last left by any host before it; pairs alone do not show what becomes of it (A to B and B to C may both be fine, and a
+state of A that B drove on may still mean something else to C).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xtrace.analyze import outcomes
+from xtrace.analyze.compare import ISSUER
+from xtrace.analyze.representatives import Left, left_behind
+from xtrace.replay import facts
+from xtrace.replay.hypervisor import Hypervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from xtrace.replay.hypervisor import Decoded
+    from xtrace.replay.states import States
+
+__all__ = ("Step", "chain")
+
+_RESUMES = outcomes.CODE["resumes"]
+
+#: Codecs whose progress is an index of its own; the others count on from operands already moved.
+_ABSOLUTE = ("shifted_index", "masked_offset")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What becomes at one host of a continuation last left by an earlier one."""
+
+    caller: str
+    hypercall: str
+    operation: str
+    guard: str
+    last: str  # release that left it
+    host: str  # release asked to resume it
+    outcomes: dict[str, int]
+    errnos: tuple[str, ...]
+
+
+def chain(hosts: Sequence[str], callers: Sequence[str], hypercalls: Sequence[int] | None = None) -> list[Step]:
+    """Return the steps at which a continuation does not simply resume.
+
+    Args:
+        hosts: two or more releases, in the order in which the guest meets them.
+        callers: ABIs of the callers.
+        hypercalls: numbers to look at; None for all with facts.
+    """
+    out: list[Step] = []
+    for caller in callers:
+        for number in facts.files() if hypercalls is None else hypercalls:
+            call = facts.lookup(hosts[0], caller, number)
+            if call.status != "modelled":
+                continue
+            for b in call.by_number.values():
+                for left in left_behind(hosts[0], caller, number, b, ISSUER[b.guard]):
+                    for last, host, seen, errnos in _walk(hosts, caller, number, left, ISSUER[b.guard]):
+                        if set(seen) - {"resumes"}:
+                            out.append(Step(caller, call.name, b.operation, b.guard, last, host, seen, errnos))
+    return out
+
+
+def _walk(
+    hosts: Sequence[str], caller: str, number: int, left: Left, issuer: str
+) -> list[tuple[str, str, dict[str, int], tuple[str, ...]]]:
+    """Judge at each host what each host before it may have left last."""
+    out = []
+    rows = np.flatnonzero(left.own)
+    states: list[tuple[str, States, Decoded]] = []
+    if len(rows):
+        states.append((hosts[0], left.states.take(rows), left.read.take(rows)))
+    for host in hosts[1:]:
+        xen = Hypervisor(host, caller)
+        driven: tuple[str, States, Decoded] | None = None
+        for last, state, read in states:
+            v = outcomes.judge(read, xen.resume(number, state, issuer))
+            seen: dict[str, int] = {}
+            for i in range(len(v.outcome)):
+                name = "resumes" if v.harmless[i] else outcomes.NAMES[v.outcome[i]]
+                seen[name] = seen.get(name, 0) + 1
+            errnos = tuple(sorted({e for e in (outcomes.ERRNOS[c] for c in np.unique(v.errno)) if e}))
+            out.append((last, host, seen, errnos))
+            if last == states[-1][0]:
+                good = np.flatnonzero(v.outcome == _RESUMES)
+                if len(good):
+                    driven = _drive(xen, number, host, state.take(good))
+        if driven is not None:
+            states.append(driven)
+    return out
+
+
+def _drive(xen: Hypervisor, number: int, host: str, states: States) -> tuple[str, States, Decoded] | None:
+    """Let a host do some more of each call and preempt it again."""
+    read = xen.decode(number, states)
+    steps = np.zeros(len(states), np.uint64)
+    for k, b in enumerate(read.behaviours):
+        hit = read.which == k
+        step = np.uint64(b.stride)
+        more = read.remaining.known & (read.remaining.value > step) & hit & (read.special < 0)
+        absolute = b.codec in _ABSOLUTE or (b.codec == "guest_structure" and b.params.get("index") is not None)
+        base = read.index.value if absolute else np.zeros(len(states), np.uint64)
+        steps[more] = base[more] + step
+        # With no more to do than one step it is as good as done: nothing is left to preempt.
+        steps[hit & ~more] = base[hit & ~more]
+    keep = np.flatnonzero(steps > 0)
+    if not len(keep):
+        return None
+    again = xen.preempt(number, states.take(keep), steps[keep])
+    return host, again, xen.decode(number, again)

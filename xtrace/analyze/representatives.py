@@ -1,0 +1,186 @@
+"""Representative continuations: what a call of one operation could leave behind, enough of it to tell any two readings apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from xtrace.analyze import outcomes
+from xtrace.replay.hypervisor import Hypervisor
+from xtrace.replay.states import Column, States
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from xtrace.replay.behaviour import Behaviour, Check, Special
+    from xtrace.replay.hypervisor import Decoded
+    from xtrace.replay.states import U64
+
+__all__ = ("Fate", "Left", "calls", "fates", "left_behind", "special_states")
+
+#: Totals tried where the trace does not say how much was asked for.
+_TOTALS: Final = (2, 64, 512, 4096, 1 << 20)
+
+#: Progress tried: enough to tell any two shifts apart (they differ modulo small powers of two), and large values.
+_PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000}))
+
+#: Codecs whose registers stay as issued.
+_STILL: Final = ("hypervisor", "restart", "redirect", "unknown")
+
+_RESUMES: Final = outcomes.CODE["resumes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What one operation left behind in n preemptions."""
+
+    states: States
+    read: Decoded  # as the source reads them
+    own: np.ndarray[tuple[int], np.dtype[np.bool_]]  # the source itself would go on with it
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What becomes of some representatives at a target: outcome, errno, how many, and the registers of one of them."""
+
+    outcome: str
+    harmless: bool
+    errno: str | None
+    count: int
+    progress: int | None
+    total: int | None
+    args: tuple[int | None, ...]
+
+
+def calls(b: Behaviour, total: int | None = None, checks: Iterable[Check] = ()) -> tuple[States, U64]:
+    """Return calls of one operation as issued, and the progress at which to preempt each.
+
+    Args:
+        b: the operation at the source release.
+        total: most units that any call asked for; None if the trace does not say.
+        checks: tests made before the operation is looked at (an interface version), so that the calls pass them.
+    """
+    totals = (total,) if total is not None else _TOTALS
+    pairs = [
+        (t, p)
+        for t in totals
+        for p in (_PROGRESS if b.codec not in _STILL else (0,))
+        if b.first <= p < max(t, 1) and p % b.stride == 0
+    ]
+    if b.stride > 1:
+        pairs += [(t, k * b.stride) for t in totals for k in (1, 2, 3, 16) if k * b.stride < t]
+    if b.codec in _STILL and not pairs:
+        pairs = [(totals[0], 0)]
+    # Every command inside the structure that continues; none where there is no such field.
+    inner = [n for n, name in b.inner_operations.items() if b.inner_continues is None or name in b.inner_continues]
+    kinds: list[int | None] = [*inner] if b.inner is not None and inner else [None]
+    # Where the order of the work hangs on the operands, both cases.
+    ways = (False, True) if b.orders else (False,)
+    rows = [(t, p, k, w) for k in kinds for w in ways for t, p in pairs]
+    n = len(rows)
+    t = np.array([t for t, *_ in rows], np.uint64)
+    p = np.array([p for _, p, *_ in rows], np.uint64)
+    states = States(tuple(Column.full(n, 0x1000_0000 * k) for k in range(6)), {})
+    known = np.ones(n, bool)
+    changes: dict[str, Column] = {}
+    for check in (*checks, *b.checks, *((b.continues_when,) if b.continues_when else ())):
+        if check.equals is not None and not check.resumed_only:
+            changes[_at(check.at)] = Column.full(n, check.equals)
+    if b.command_at is not None:
+        changes[b.command_at] = Column.full(n, b.number)
+    if b.inner is not None and kinds != [None]:
+        changes[_at(b.inner)] = Column(np.array([k for _, _, k, _ in rows], np.uint64), known)
+    for condition in b.orders:  # "mem.A > mem.B and …": A just above B, or below it
+        above, _, below, *_ = condition.split()
+        changes[below] = Column.full(n, 0x1000)
+        changes[above] = Column(np.array([0x1001 if w else 0x800 for *_, w in rows], np.uint64), known)
+    if b.params.get("count") is not None:
+        changes[f"arg{b.params['count']}"] = Column(t, known)
+    if b.total:
+        changes[b.total] = Column(t, known)
+    for name in b.params.get("advance", {}):
+        changes.setdefault(_at(name), Column.full(n, 0x1000))
+    for name, step in b.params.get("reduce", {}).items():
+        changes.setdefault(_at(name), Column(t * np.uint64(step), known))
+    if b.params.get("base"):
+        changes.setdefault(_at(str(b.params["base"])), Column.full(n, 0x40))
+    if b.params.get("done"):
+        changes[_at(str(b.params["done"]))] = Column.full(n, 0)
+    return states.replace(changes), p
+
+
+def special_states(b: Behaviour, form: Special) -> States:
+    """Return the one state that a special form stands for."""
+    states = States(tuple(Column.full(1, 0) for _ in range(6)), {})
+    changes = {where: Column.full(1, value) for where, value in form.match}
+    if b.command_at is not None:
+        changes.setdefault(b.command_at, Column.full(1, b.number))
+    return states.replace(changes)
+
+
+def left_behind(source: str, caller: str, op: int, b: Behaviour, issuer: str, total: int | None = None) -> list[Left]:
+    """Return what ``source`` leaves of calls of one operation, special forms included.
+
+    A redirected operation leaves a continuation of another number, which is not judged here but there.
+    """
+    xen = Hypervisor(source, caller)
+    out: list[Left] = []
+    if b.codec not in ("none", "redirect", "unknown"):
+        dispatch = xen.hypercall(op).dispatch
+        issued, progress = calls(b, total, () if dispatch is None else dispatch.checks)
+        if len(progress):
+            left = xen.preempt(op, issued, progress)
+            out.append(_left(xen, op, left, issued, issuer))
+    for form in b.specials:
+        if form.creates:
+            out.append(_left(xen, op, special_states(b, form), None, issuer))
+    return out
+
+
+def _left(xen: Hypervisor, op: int, states: States, issued: States | None, issuer: str) -> Left:
+    read = xen.decode(op, states, issued)
+    verdict = outcomes.judge(read, xen.resume(op, states, issuer, issued))
+    still = np.array([b.codec in _STILL for b in read.behaviours] + [False])[read.which]
+    # Work held inside Xen goes on where it stopped as long as it is the same Xen.
+    return Left(states, read, (verdict.outcome == _RESUMES) | still | (read.special >= 0))
+
+
+def fates(source: str, caller: str, op: int, b: Behaviour, target: str, issuer: str, total: int | None = None) -> list[Fate]:
+    """Judge what one operation could leave at ``source``, at ``target``.
+
+    States that the source itself would not go on with are no matter of the target and are left out.
+
+    Args:
+        source: release that would leave it.
+        caller: ABI of the caller.
+        op: hypercall number.
+        b: the operation at the source.
+        target: release asked to resume it.
+        issuer: who makes the call.
+        total: most units asked for; None if not recorded.
+    """
+    out: dict[tuple[str, bool, str | None], Fate] = {}
+    xen = Hypervisor(target, caller)
+    for left in left_behind(source, caller, op, b, issuer, total):
+        rows = np.flatnonzero(left.own)
+        if not len(rows):
+            continue
+        states, read = left.states.take(rows), left.read.take(rows)
+        v = outcomes.judge(read, xen.resume(op, states, issuer))
+        code = (v.outcome.astype(np.int64) << 32) | (v.errno.astype(np.int64) << 1) | v.harmless
+        for value, at, n in zip(*np.unique(code, return_index=True, return_counts=True), strict=True):
+            name, errno = outcomes.NAMES[int(value) >> 32], outcomes.ERRNOS[(int(value) >> 1) & 0xFFFF]
+            key = (name, bool(value & 1), errno)
+            i = int(at)
+            before = out[key].count if key in out else 0
+            out[key] = Fate(
+                name, key[1], errno, before + int(n), read.progress.item(i), read.total.item(i),
+                tuple(a.item(i) for a in states.args),
+            )  # fmt: skip
+    return list(out.values())
+
+
+def _at(name: str) -> str:
+    return name if name.startswith(("arg", "mem.")) else f"mem.{name}"
