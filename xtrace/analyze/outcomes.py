@@ -77,7 +77,11 @@ def judge(source: Decoded, target: Resumed) -> Verdicts:
     settle(source.status == hv.UNRECORDED, "undecidable")
     # The source's own tables do not know the state: its release is wrong, or the model is incomplete.
     settle(source.status != hv.MODELLED, "unknown")
+    if t.hypercall.reaches is not None:
+        settle(t.status == hv.ABSENT, "misdirected")
     settle(t.status == hv.ABSENT, "absent")
+    # Refused before the operation is looked at: no handler is entered, of this operation or of another.
+    settle(target.before & (target.disposition == hv.REFUSED), "refused")
     settle(np.isin(t.status, (hv.UNKNOWN, hv.NEVER)), "unknown")
     settle(t.status == hv.UNRECORDED, "undecidable")
     same_number = source.number == t.number
@@ -100,6 +104,10 @@ def judge(source: Decoded, target: Resumed) -> Verdicts:
             rows = left & (source.which == a) & (t.which == b) & (errno == 0) & (outcome == CODE["refused"])
             errno[rows] = ERRNOS.code(after.params.get("other_layout"))
     return Verdicts(outcome, errno, harmless)
+
+
+def _asked(d: Decoded) -> tuple[Any, ...]:
+    return () if d.hypercall.dispatch is None else d.hypercall.dispatch.checks
 
 
 def _inside(
@@ -159,7 +167,7 @@ def _pair(
     if a.inner and b.inner and a.inner_operations != b.inner_operations:
         outcome, harmless = _inside(a, b, rows, source, t, outcome, harmless)
     # A test that the source makes too was passed there; only a new one on something unrecorded leaves doubt.
-    if a.checks != b.checks:
+    if a.checks != b.checks or _asked(source) != _asked(t):
         outcome[target.doubt[rows]] = CODE["undecidable"]
     disposition = target.disposition[rows]
     if a.params.get("layout") != b.params.get("layout"):

@@ -124,6 +124,7 @@ class Behaviour:
     inner_unmatched: str = "-ENOSYS"
     domids_unless: tuple[tuple[str, int], ...] = ()  # the caveat domids holds unless all of these hold
     command_at: str | None = "arg0"  # location that names the operation
+    guards_also: tuple[str, ...] = ()  # guards of other builds or domains of another kind: who passes one may get through
     ident: tuple[Any, ...] = field(compare=False, repr=False, default=())
 
     @property
@@ -165,6 +166,7 @@ class Hypercall:
     known_numbers: Mapping[int, str]  # of every release: what a number would have meant elsewhere
     never_operations: frozenset[int] | None  # status "never" for these only; null: for all
     why: str
+    reaches: str | None = None  # absent: the hypercall whose handler this number ends up in
 
     @property
     def fingerprint(self) -> tuple[Any, ...]:
@@ -173,6 +175,7 @@ class Hypercall:
         return (
             self.status,
             self.absent_errno,
+            self.reaches,
             None if d is None else (d.mask, d.shift, d.width, d.unmatched, d.checks, d.command_bits, d.guard, d.sign_extend),
             tuple((n, b.ident, b.checks) for n, b in sorted(self.by_number.items())),
             None if self.never_operations is None else tuple(sorted(self.never_operations)),

@@ -145,6 +145,7 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
             known_numbers=operation_names(number),
             never_operations=None,
             why=why,
+            reaches=_reaches(release, caller, number) if status == "absent" else None,
         )
 
     if path is None:
@@ -173,6 +174,15 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
             raise FactError(f"{where}: number {behaviour.number} stands for two operations")
         by_number[behaviour.number] = behaviour
     return answer("modelled", "", dispatch=dispatch, by_number=by_number)
+
+
+def _reaches(release: str, caller: str, number: int) -> str | None:
+    """Return the hypercall that a number beyond the table ends up in, where a release masks numbers instead of refusing them."""
+    row = only((r for r in load("never.toml").get("number_mask", []) if covers(r, release, caller, {})), "abi/never.toml, number_mask")
+    if row is None or number <= int(row["mask"]):
+        return None
+    reached = number & int(row["mask"])
+    return hypercall_names().get(reached) if in_table(release, caller, reached) else None
 
 
 def _dispatch(row: Mapping[str, Any], release: str) -> Dispatch:
@@ -275,6 +285,7 @@ def _behaviour(
         inner_unmatched=str(row.get("inner_unmatched", "-ENOSYS")),
         domids_unless=tuple(sorted((k, int(v)) for k, v in row.get("domids_unless", {}).items())),
         command_at=at,
+        guards_also=tuple(str(row[k]) for k in ("guard_debug_build", "guard_console_domain") if k in row),
         ident=ident,
     )
 
@@ -348,4 +359,5 @@ def _other(release: str, caller: str, number: int, name: str) -> Hypercall:
         known_numbers={},
         never_operations=None if operations is None or status != "never" else frozenset(operations),
         why=why,
+        reaches=_reaches(release, caller, number) if status == "absent" else None,
     )

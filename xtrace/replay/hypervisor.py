@@ -107,6 +107,7 @@ class Resumed:
     errnos: tuple[str, ...]
     errno: npt.NDArray[np.int16]  # index into errnos, −1
     doubt: Mask  # a check reads something that the trace did not record
+    before: Mask  # refused before the operation was looked at (a guard, an interface version): no handler is entered
 
     def errno_of(self, i: int) -> str | None:
         """Return the errno that must follow for row i, such as ``-EINVAL``."""
@@ -273,6 +274,7 @@ class Hypervisor:
         errno = np.full(n, -1, np.int16)
         doubt = np.zeros(n, bool)
         errnos: list[str] = []
+        stopped_before = np.zeros(n, bool)
 
         def refuse(rows: npt.NDArray[np.intp], text: str) -> None:
             if not text.startswith("-E"):
@@ -291,14 +293,13 @@ class Hypervisor:
             at = call.command_at or "arg0"
             word = states.at(at)
             states = states.replace({at: Column(call.dispatch.word(word.value), word.known)})
-            before = _before_dispatch(call.dispatch, at, states, read, issuer)
-            stopped_before = np.zeros(n, bool)
-            for text, hit in before:
+            for text, hit, unsure in _before_dispatch(call.dispatch, at, states, read, issuer):
+                doubt |= unsure & ~stopped_before
                 refuse(np.flatnonzero(hit & ~stopped_before), text)
                 stopped_before |= hit
         for k, b in enumerate(read.behaviours):
             rows = np.flatnonzero(read.which == k)
-            open_ = disposition[rows] == ENTERS  # rows that no check has stopped yet
+            open_ = (disposition[rows] == ENTERS) & ~stopped_before[rows]  # rows that no check has stopped yet
 
             for text, hit, unsure in _checks(call, b, states.take(rows), read, rows, issuer):
                 doubt[rows[open_ & unsure]] = True
@@ -314,7 +315,7 @@ class Hypervisor:
                     disposition[hit] = SPECIAL
                     if form.errno:
                         refuse(hit, form.errno)
-        return Resumed(read, disposition, tuple(errnos), errno, doubt)
+        return Resumed(read, disposition, tuple(errnos), errno, doubt, stopped_before)
 
 
 def _matches(form: Special, s: States) -> Mask:
@@ -388,17 +389,18 @@ def _choose(rows: Mask, a: Progress, b: Progress) -> Progress:
     )  # fmt: skip
 
 
-def _before_dispatch(d: Dispatch, at: str, s: States, read: Decoded, issuer: str) -> list[tuple[str, Mask]]:
-    """Return what is tested whatever the command names."""
+def _before_dispatch(d: Dispatch, at: str, s: States, read: Decoded, issuer: str) -> list[tuple[str, Mask, Mask]]:
+    """Return (result, rows stopped, rows that cannot be told) of what is tested whatever the command names."""
+    no = np.zeros(len(s), bool)
     out = []
     if not may_issue(issuer, d.guard):
-        out.append((d.guard_errno, np.ones(len(s), bool)))
-    out += [(c.errno, _fails(c, s)) for c in d.checks]
+        out.append((d.guard_errno, np.ones(len(s), bool), no))
+    out += [(c.errno, _fails(c, s), ~s.at(c.at if c.at.startswith(("arg", "mem.")) else f"mem.{c.at}").known) for c in d.checks]
     if d.command_bits is not None:
         word = s.at(at)
         stray = word.known & ((word.value & np.uint64(d.progress_bits())) != 0)
         spared = np.isin(read.number, np.array(d.command_bits_except, np.int64))
-        out.append((d.command_bits, stray & ~spared))
+        out.append((d.command_bits, stray & ~spared, no))
     return out
 
 
@@ -414,7 +416,7 @@ def _checks(
         stray = word.known & ((word.value & np.uint64(call.dispatch.progress_bits())) != 0)
         if b.command_bits not in ("ignored", "unmatched"):
             out.append((b.command_bits, stray, no))
-    if not may_issue(issuer, b.guard):
+    if not any(may_issue(issuer, g) for g in (b.guard, *b.guards_also)):
         out.append((b.guard_errno, np.ones(n, bool), no))
     index = read.index.take(rows)
     resumed = read.marked[rows] | (index.known & (index.value != 0))

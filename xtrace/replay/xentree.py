@@ -132,9 +132,9 @@ def definition(text: str, symbol: str, path: str) -> str | None:
         rf"\b{name}\s*\[[^\n]*?\]\s*=\s*\{{.*?^\}};",
         rf"(?:ENTRY|GLOBAL)\({name}\).*?(?=^(?:ENTRY|GLOBAL)\(|\Z)",
     ):
-        found = re.search(pattern, text, re.S | re.M)
+        found = [m[0] for m in re.finditer(pattern, text, re.S | re.M)]  # several under #ifdef
         if found:
-            return found[0]
+            return "\n".join(found)
     # An enumerator, a label, a variable: the lines that name it.
     rows = [line for line in text.splitlines() if re.search(rf"\b{name}\b", line)]
     return "\n".join(rows) or None

@@ -52,7 +52,7 @@ def command(
         notes = f", {' and '.join(row['caveats'])}" if row["caveats"] else ""
         print(common.wrap(f"{number}{row['operation']}: {keeps}{who}{notes}", "  ", "        "))
         for key in ("breaks_own", "note"):
-            if row[key] and row["codec"] != "none":
+            if row[key] and (row["codec"] != "none" or key == "breaks_own"):
                 print(common.wrap(f"{'breaks its own: ' if key == 'breaks_own' else ''}{row[key]}", "        ", "        "))
     return 0
 
