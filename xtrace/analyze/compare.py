@@ -121,7 +121,7 @@ def compare(a: str, b: str, caller: str, number: int) -> list[Change]:
 
 
 def _continues(b: Behaviour | None) -> bool:
-    return b is not None and (b.codec != "none" or any(form.creates for form in b.specials))
+    return b is not None and not b.never_left and (b.codec != "none" or any(form.creates for form in b.specials))
 
 
 def _fates(source: str, target: str, caller: str, number: int, b: Behaviour) -> tuple[Fate, ...]:
@@ -243,6 +243,7 @@ def checks_text(d: Dispatch | None, b: Behaviour) -> str:
             f"max {c.maximum:#x}" if c.maximum is not None else "",
             f"min {c.minimum:#x}" if c.minimum is not None else "",
             f"= {c.equals:#x}" if c.equals is not None else "",
+            f"not {c.not_equals:#x}" if c.not_equals is not None else "",
             f"no bits of {c.zero_bits:#x}" if c.zero_bits else "",
         ]
         when = " when resumed" if c.resumed_only else ""

@@ -26,6 +26,9 @@ _TOTALS: Final = (2, 64, 512, 4096, 1 << 20)
 #: Progress tried: enough to tell any two shifts apart (they differ modulo small powers of two), and large values.
 _PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000}))
 
+#: Where a range begins that has a beginning of its own.
+_BASE: Final = 0x40
+
 #: Codecs whose registers stay as issued.
 _STILL: Final = ("hypervisor", "restart", "redirect", "unknown")
 
@@ -86,8 +89,13 @@ def calls(b: Behaviour, total: int | None = None, checks: Iterable[Check] = ()) 
     known = np.ones(n, bool)
     changes: dict[str, Column] = {}
     for check in (*checks, *b.checks, *((b.continues_when,) if b.continues_when else ())):
-        if check.equals is not None and not check.resumed_only:
-            changes[_at(check.at)] = Column.full(n, check.equals)
+        where = _at(check.at)
+        if check.resumed_only or where == b.total or where == f"arg{b.params.get('count')}":
+            continue
+        if check.equals is not None:
+            changes[where] = Column.full(n, check.equals)
+        elif (check.minimum, check.maximum) != (None, None) and where not in changes:
+            changes[where] = Column.full(n, check.minimum if check.minimum is not None else check.maximum or 0)
     if b.command_at is not None:
         changes[b.command_at] = Column.full(n, b.number)
     if b.inner is not None and kinds != [None]:
@@ -99,13 +107,14 @@ def calls(b: Behaviour, total: int | None = None, checks: Iterable[Check] = ()) 
     if b.params.get("count") is not None:
         changes[f"arg{b.params['count']}"] = Column(t, known)
     if b.total:
-        changes[b.total] = Column(t, known)
+        # Where the field names the last unit, counted from the base.
+        changes[b.total] = Column(t + np.uint64(_BASE - 1) if b.params.get("total_is") == "last" else t, known)
     for name in b.params.get("advance", {}):
         changes.setdefault(_at(name), Column.full(n, 0x1000))
     for name, step in b.params.get("reduce", {}).items():
         changes.setdefault(_at(name), Column(t * np.uint64(step), known))
     if b.params.get("base"):
-        changes.setdefault(_at(str(b.params["base"])), Column.full(n, 0x40))
+        changes.setdefault(_at(str(b.params["base"])), Column.full(n, _BASE))
     if b.params.get("done"):
         changes[_at(str(b.params["done"]))] = Column.full(n, 0)
     return states.replace(changes), p
@@ -127,7 +136,7 @@ def left_behind(source: str, caller: str, op: int, b: Behaviour, issuer: str, to
     """
     xen = Hypervisor(source, caller)
     out: list[Left] = []
-    if b.codec not in ("none", "redirect", "unknown"):
+    if b.codec not in ("none", "redirect", "unknown") and not b.never_left:
         dispatch = xen.hypercall(op).dispatch
         issued, progress = calls(b, total, () if dispatch is None else dispatch.checks)
         if len(progress):

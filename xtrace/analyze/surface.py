@@ -128,7 +128,9 @@ def judge(
     else:
         behaviours = list(call.by_number.values())
     # Who may not make the call at the source leaves no continuation of it.
-    behaviours = [b for b in _followed(call, behaviours) if b.codec != "none" and may_issue(issuer, b.guard)]
+    behaviours = [
+        b for b in _followed(call, behaviours) if b.codec != "none" and not b.never_left and may_issue(issuer, b.guard)
+    ]
     if any(b.codec == "unknown" for b in behaviours):
         return [Surface(tuple(targets), "unknown", {}, (), (), tuple(b.operation for b in behaviours if b.codec == "unknown"))]
     if not behaviours:
@@ -146,6 +148,8 @@ def judge(
             for fate in fates(source, caller, op, b, group[0], issuer, total):
                 key = "resumes" if fate.outcome == "restarts" and fate.harmless else fate.outcome
                 sub[key] = sub.get(key, 0) + fate.count
+            if not sub and b.codec != "redirect":
+                unknown.append(name)  # no state was found that its own release goes on with: nothing is said
             for key, n in sub.items():
                 seen[key] = seen.get(key, 0) + n
             if "unknown" in sub:

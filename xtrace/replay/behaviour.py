@@ -59,6 +59,7 @@ class Check:
     maximum: int | None = None
     minimum: int | None = None
     equals: int | None = None
+    not_equals: int | None = None
     zero_bits: int = 0
     resumed_only: bool = False
     width: int = 64
@@ -124,6 +125,7 @@ class Behaviour:
     inner_unmatched: str = "-ENOSYS"
     domids_unless: tuple[tuple[str, int], ...] = ()  # the caveat domids holds unless all of these hold
     command_at: str | None = "arg0"  # location that names the operation
+    never_left: bool = False  # progress is kept so, but nothing that could be resumed is left (breaks_own says why)
     guards_also: tuple[str, ...] = ()  # guards of other builds or domains of another kind: who passes one may get through
     ident: tuple[Any, ...] = field(compare=False, repr=False, default=())
 

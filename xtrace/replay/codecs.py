@@ -191,6 +191,10 @@ class GuestStructure:
             if b.params.get("base"):
                 # 0 stands for "from the base", anything else is a position (opaque of XENMEM_sharing_op).
                 base = s.at(_location(b.params["base"]))
+                if b.params.get("total_is") == "last":
+                    # The field names the last unit, not how many there are.
+                    span = _minus(total, base)
+                    total = Column(span.value + np.uint64(1), span.known)
                 at = np.where(index.value == 0, base.value, index.value)
                 index = _minus(Column(at, index.known & base.known), base)
             return Progress(index, index, _minus(total, index), total, index.known & (index.value != 0))

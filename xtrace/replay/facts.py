@@ -285,6 +285,7 @@ def _behaviour(
         inner_unmatched=str(row.get("inner_unmatched", "-ENOSYS")),
         domids_unless=tuple(sorted((k, int(v)) for k, v in row.get("domids_unless", {}).items())),
         command_at=at,
+        never_left=bool(row.get("never_left", False)),
         guards_also=tuple(str(row[k]) for k in ("guard_debug_build", "guard_console_domain") if k in row),
         ident=ident,
     )
@@ -310,6 +311,7 @@ def _check(c: Mapping[str, Any], release: str) -> Check:
         maximum=c.get("max"),
         minimum=c.get("min"),
         equals=equals,
+        not_equals=c.get("not_equals"),
         zero_bits=int(c.get("zero_bits", 0)),
         resumed_only=c.get("when") == "resumed",
         width=int(c.get("width", 64)),

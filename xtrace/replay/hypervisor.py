@@ -192,6 +192,7 @@ class Hypervisor:
                 if len(rows):
                     groups.append((b, rows))
                     status[rows] = UNKNOWN if b.codec == "unknown" else MODELLED
+        onward = {b.params.get("to_operation") for b in call.by_number.values() if b.codec == "redirect"}
         for b, rows in groups:
             which[rows] = len(behaviours)
             behaviours.append(b)
@@ -206,6 +207,8 @@ class Hypervisor:
                                 (total, read.total)):  # fmt: skip
                 column.value[rows], column.known[rows] = got.value, got.known
             marked[rows] = read.marked
+            if b.number in onward and b.codec != "redirect":
+                marked[rows] = True  # a number that only Xen issues, to go on with another
             if b.codec in ("none", "hypervisor", "restart") and call.dispatch is not None and call.dispatch.shift is not None:
                 # Not used by this operation, but this is what stands where progress stands.
                 stray = part.at(call.command_at or "arg0").value >> np.uint64(call.dispatch.shift)
@@ -297,6 +300,7 @@ class Hypervisor:
                 doubt |= unsure & ~stopped_before
                 refuse(np.flatnonzero(hit & ~stopped_before), text)
                 stopped_before |= hit
+            errno[(read.status == UNMATCHED) & doubt & ~stopped_before] = -1
         for k, b in enumerate(read.behaviours):
             rows = np.flatnonzero(read.which == k)
             open_ = (disposition[rows] == ENTERS) & ~stopped_before[rows]  # rows that no check has stopped yet
@@ -306,6 +310,8 @@ class Hypervisor:
                 stopped = open_ & hit
                 if stopped.any():
                     refuse(rows[stopped], text)
+                    # A test before it that cannot be told may have stopped it with another errno.
+                    errno[rows[stopped & doubt[rows] & ~unsure]] = -1
                     open_ &= ~hit
             for s, form in enumerate(read.specials):
                 if form.issuers and issuer not in form.issuers:
@@ -358,6 +364,8 @@ def _fails(c: Check, s: States) -> Mask:
         bad |= value < np.uint64(c.minimum)
     if c.equals is not None:
         bad |= value != np.uint64(c.equals)
+    if c.not_equals is not None:
+        bad |= value == np.uint64(c.not_equals)
     if c.zero_bits:
         bad |= (value & np.uint64(c.zero_bits)) != 0
     return bad & column.known
@@ -425,7 +433,7 @@ def _checks(
         live = resumed if c.resumed_only else np.ones(n, bool)
         out.append((c.errno, _fails(c, s) & live, ~known & live))
     if b.refuses is not None:
-        out.append((b.refuses, np.ones(n, bool), no))
+        out.append((b.refuses, ~_idle(b, s), no))
     if b.inner is not None and b.inner_operations:
         inside = s.at(b.inner)
         listed = np.isin(inside.value, np.fromiter(b.inner_operations, np.uint64, len(b.inner_operations)))

@@ -162,7 +162,7 @@ def _mark(out: Marks, xen: Hypervisor, number: int, rows: Rows, part: pl.DataFra
         column = states.at(f"arg{shown[0]}")
         out.marked[rows] = column.known & ((column.value & np.uint64(shown[1])) != 0)
         return
-    out.marked[rows] = read.marked
+    out.marked[rows] |= read.marked  # a number that only Xen issues is marked already
     out.number[rows] = read.number
     out.total[rows], out.totalled[rows] = read.total.value, read.total.known
     for k, b in enumerate(read.behaviours):
