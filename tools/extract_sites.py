@@ -13,6 +13,7 @@ declaration or definition of the called function either, ends the run.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from extract_tables import ABI, SNAPSHOT, Git, Release, Spans, _strings, read_re
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from xtrace.replay.sites import CALLS, REWINDS, call_sites, in_scope  # noqa: E402
+from xtrace.replay.sites import CALLS, REWINDS, call_sites, in_scope
 
 #: kind of a row -> what is looked for
 KINDS = {**CALLS, "rewind": REWINDS}
@@ -44,39 +45,42 @@ HEAD = """\
 
 def files(git: Git, release: Release) -> list[str]:
     """Return the paths that name one of the wanted things."""
-    words = [w for name in ("hypercall_create_continuation", "hypercall_xlat_continuation", "HVM_HCALL_preempted") for w in ("-e", name)]
-    done = subprocess.run(
-        ["git", "-C", git.path, "grep", "-l", "-F", *words, release.tag, "--", "xen"], capture_output=True, text=True, check=False
-    )
+    words = "hypercall_(create|xlat)_continuation|HVM_HCALL_preempted"
+    command = ["git", "-C", git.path, "grep", "-l", "-E", words, release.tag, "--", "xen"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode > 1:
         sys.exit(done.stderr)
-    return [line.partition(":")[2] for line in done.stdout.splitlines() if in_scope(line.partition(":")[2])]
+    return [path for path in (line.partition(":")[2] for line in done.stdout.splitlines()) if in_scope(path)]
 
 
 def census(git: Git, releases: list[Release]) -> dict[tuple[str, str, str, int], set[str]]:
     """Return (kind, path, function, calls) -> versions."""
     rows: dict[tuple[str, str, str, int], set[str]] = {}
+    parsed: dict[tuple[str, str], list[tuple[str, str, int]]] = {}
     for r in releases:
         for path in files(git, r):
             text = git.show(r.tag, path) or ""
-            for kind, pattern in KINDS.items():
-                found = call_sites(path, text, pattern)
-                for function, calls in found:
-                    rows.setdefault((kind, path, function, calls), set()).add(r.version)
-                if kind != "rewind":
-                    whole = sum(n for _, n in found) + len(DECLARES.findall(text, 0)) if kind == "create" else None
-                    check(r, path, kind, text, sum(n for _, n in found), whole)
+            key = path, hashlib.sha256(text.encode()).hexdigest()
+            if key not in parsed:
+                parsed[key] = [(kind, *site) for kind, pattern in KINDS.items() for site in call_sites(path, text, pattern)]
+                problem = missed(text, parsed[key])
+                if problem:
+                    sys.exit(f"{r.version}: {path}: {problem}")
+            for kind, function, calls in parsed[key]:
+                rows.setdefault((kind, path, function, calls), set()).add(r.version)
     return rows
 
 
-def check(release: Release, path: str, kind: str, text: str, found: int, whole: int | None) -> None:
-    """Stop if some mention of the function was neither counted nor is a declaration or definition."""
-    del whole
+def missed(text: str, found: list[tuple[str, str, int]]) -> str | None:
+    """Say what is wrong if some mention was neither counted nor is a declaration or definition."""
     code = re.sub(r"/\*.*?\*/", " ", text, flags=re.S)
-    mentions = len(KINDS[kind].findall(code))
-    declared = sum(1 for name in DECLARES.findall(code) if f"_{kind}_" in name)
-    if mentions != found + declared:
-        sys.exit(f"{release.version}: {path}: {mentions} mentions of hypercall_{kind}_continuation(), {found} calls, {declared} declared")
+    for kind in CALLS:
+        calls = sum(n for k, _, n in found if k == kind)
+        declared = sum(f"_{kind}_" in name for name in DECLARES.findall(code))
+        mentions = len(CALLS[kind].findall(code))
+        if mentions != calls + declared:
+            return f"hypercall_{kind}_continuation() is mentioned {mentions} times: {calls} calls, {declared} declarations"
+    return None
 
 
 def sites_toml(git: Git, releases: list[Release]) -> str:

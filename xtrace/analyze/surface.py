@@ -128,9 +128,7 @@ def judge(
     else:
         behaviours = list(call.by_number.values())
     # Who may not make the call at the source leaves no continuation of it.
-    behaviours = [
-        b for b in _followed(call, behaviours) if b.codec != "none" and not b.never_left and may_issue(issuer, b.guard)
-    ]
+    behaviours = [b for b in _followed(call, behaviours) if b.codec != "none" and not b.never_left and may_issue(issuer, b.guard)]
     if any(b.codec == "unknown" for b in behaviours):
         return [Surface(tuple(targets), "unknown", {}, (), (), tuple(b.operation for b in behaviours if b.codec == "unknown"))]
     if not behaviours:

@@ -9,13 +9,14 @@ from xtrace import release
 from xtrace.analyze import compare
 from xtrace.replay import facts
 from xtrace.replay.codecs import codec
+from xtrace.replay.factfiles import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from xtrace.replay.behaviour import Behaviour, Hypercall
 
-__all__ = ("Row", "rows")
+__all__ = ("Row", "rows", "viridian")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,21 @@ def rows(numbers: Iterable[int] | None = None, callers: Sequence[str] | None = N
                 order[w.releases[0].partition("..")[0]], w.callers,
             ),
         )  # fmt: skip
+    if numbers is None:
+        yield from (row for row in viridian() if callers is None or set(row.callers) & set(callers))
+
+
+def viridian() -> Iterator[Row]:
+    """Yield Hyper-V's hypercalls, which HVM guests may use beside Xen's: bit 31 of eax is set."""
+    for row in load("never.toml")["viridian"]:
+        for name, code in zip(row["names"], row["codes"], strict=True):
+            restarts = row["codec"] == "restart"
+            yield Row(
+                "viridian", facts.VIRIDIAN, name, code, tuple(row["callers"]), tuple(row["releases"]),
+                "continues" if restarts else "never", home="none" if restarts else None,
+                encoding="registers as issued, nothing done yet" if restarts else None, first=0 if restarts else None,
+                guard="any", note=row.get("note"), commit=row.get("commit"), cites=tuple(row["cite"]),
+            )  # fmt: skip
 
 
 def _rows_of(call: Hypercall) -> Iterator[Row]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 __all__ = (
+    "VIRIDIAN",
     "Behaviour",
     "Check",
     "Dispatch",
@@ -47,6 +48,9 @@ __all__ = (
     "operation_names",
 )
 
+
+#: Set in eax: one of the hypercalls that Hyper-V's interface gives to an HVM guest, not one of Xen's.
+VIRIDIAN: Final = 1 << 31
 
 #: Prefix of the constants that arg0 of a hypercall without a file of its own may hold.
 _PREFIX: Final = {
@@ -124,6 +128,8 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
     name = hypercall_names().get(number, f"hypercall_{number}")
     if "+" in release:
         return replace(lookup(releases_mod.facts_of(release, name), caller, number), release=release)
+    if number & VIRIDIAN and caller in ("hvm64", "hvm32"):
+        return _viridian(release, caller, number)
     if number not in files():
         return _other(release, caller, number, name)
     path = part(release, caller, number)
@@ -176,9 +182,21 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
     return answer("modelled", "", dispatch=dispatch, by_number=by_number)
 
 
+def _viridian(release: str, caller: str, number: int) -> Hypercall:
+    """Answer for Hyper-V's hypercalls: of those that restart nothing has been done, and the registers are as issued."""
+    known = any(covers(row, release, caller, {}) for row in load("never.toml").get("viridian", []))
+    status: Status = "never" if known else "absent"
+    why = "a Hyper-V hypercall restarts as issued, if at all" if known else f"{release} has no Hyper-V hypercalls for {caller}"
+    return Hypercall(
+        "viridian", number, release, caller, status, False, None, (), None, {}, "HV_STATUS_INVALID_HYPERCALL_CODE", {}, None, why
+    )  # fmt: skip
+
+
 def _reaches(release: str, caller: str, number: int) -> str | None:
     """Return the hypercall that a number beyond the table ends up in, where a release masks numbers instead of refusing them."""
-    row = only((r for r in load("never.toml").get("number_mask", []) if covers(r, release, caller, {})), "abi/never.toml, number_mask")
+    row = only(
+        (r for r in load("never.toml").get("number_mask", []) if covers(r, release, caller, {})), "abi/never.toml, number_mask"
+    )
     if row is None or number <= int(row["mask"]):
         return None
     reached = number & int(row["mask"])
@@ -333,10 +351,11 @@ def _other(release: str, caller: str, number: int, name: str) -> Hypercall:
     why = f"{name} is not modelled for {caller} at {release}"
     operations: set[int] | None = set()
     command = False
-    if in_table(release, caller, number) is False:
+    there = in_table(release, caller, number)
+    if there is False:
         status, why = "absent", f"{name} is not in the {caller} hypercall table of {release}"
     for row in load("never.toml").get("never", []):
-        if status == "absent" or row["number"] != number or not covers(row, release, caller, {}):
+        if not there or row["number"] != number or not covers(row, release, caller, {}):
             continue
         command = command or bool(row.get("command", False))
         status, why = "never", f"{name} never leaves a continuation at {release}"

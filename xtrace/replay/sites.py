@@ -7,6 +7,7 @@ claimed by a fact file runs it over a tree of his own.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from typing import Final
 
 __all__ = ("CALLS", "REWINDS", "call_sites", "in_scope")
@@ -53,20 +54,19 @@ def call_sites(path: str, text: str, what: re.Pattern[str] | None = None) -> lis
     if not in_scope(path):
         return []
     code = _NOT_CODE.sub(_blank, text)
-    found: dict[str, int] = {}
-    macros = [m for m in _DIRECTIVE.finditer(code) if _MACRO.match(m[0])]
     plain = _DIRECTIVE.sub(_blank, code)
+    places: list[tuple[int, str]] = []
     for pattern in (what,) if what is not None else CALLS.values():
-        for macro in macros:
-            head = _MACRO.match(macro[0])
-            assert head is not None
-            for _ in pattern.finditer(macro[0], head.end()):
-                found[head[1]] = found.get(head[1], 0) + 1
+        for directive in _DIRECTIVE.finditer(code):
+            macro = _MACRO.match(directive[0])
+            if macro is not None:
+                places += [(directive.start() + m.start(), macro[1]) for m in pattern.finditer(directive[0], macro.end())]
         for call in pattern.finditer(plain):
             function = _enclosing(plain, call.start())
             if function is not None and not (pattern is REWINDS and function in _DISPATCH):
-                found[function] = found.get(function, 0) + 1
-    return sorted(found.items(), key=lambda item: code.find(item[0]))
+                places.append((call.start(), function))
+    # A Counter keeps the order of first mention.
+    return list(Counter(name for _, name in sorted(places)).items())
 
 
 def _blank(match: re.Match[str]) -> str:
@@ -79,7 +79,8 @@ def _enclosing(code: str, at: int) -> str | None:
     Xen closes functions with a brace in the first column; that is relied on, because branches of ``#if`` may hold unequal
     numbers of braces.
     """
-    start = code.rfind("\n}", 0, at) + 2 if "\n}" in code[:at] else 0
+    closed = code.rfind("\n}", 0, at)
+    start = 0 if closed < 0 else closed + 2
     name = None
     for head in _HEADER.finditer(code, start, at):
         called, end = head[1], _closing(code, head.end() - 1)
@@ -92,7 +93,10 @@ def _enclosing(code: str, at: int) -> str | None:
             end = _closing(code, more.end() - 1)
         body = _BODY.match(code, end)
         if body is not None and body.end() <= at:
-            name = called
+            # One that stands on a single line is over at its end.
+            line = code[body.end() - 1 :].partition("\n")[0]
+            over = line.count("{") == line.count("}") and body.end() - 1 + len(line) <= at
+            name = None if over else called
     return name
 
 
