@@ -28,6 +28,7 @@ CONTENT = (
 #: Rows refused for what they name before the test that the model knows of is made.
 NAMED = {
     "vcpu-14-v3": "-ENOENT",  # the domain has no such vCPU
+    "hd-domctl23": "-EINVAL",  # the domain is not shut down for a soft reset
     "evt14-dom5000": "-ESRCH",
     "evt-reset_cont_dom5000-plain": "-ESRCH",
 }

@@ -110,6 +110,11 @@ def _asked(d: Decoded) -> tuple[Any, ...]:
     return () if d.hypercall.dispatch is None else d.hypercall.dispatch.checks
 
 
+def _moves(b: Behaviour) -> bool:
+    """Say whether a behaviour keeps its progress in moved operands."""
+    return b.codec in ("advanced", "count_flag") or (b.codec == "guest_structure" and b.params.get("index") is None)
+
+
 def _inside(
     a: Behaviour, b: Behaviour, rows: npt.NDArray[np.intp], source: Decoded, t: Decoded, outcome: npt.NDArray[np.int8],
     harmless: npt.NDArray[np.bool_],
@@ -143,6 +148,8 @@ def _pair(
         effect = a.held_effect or b.held_effect or "redone"
         outcome[:] = CODE["lost" if effect == "lost" else "restarts"]
         harmless[:] = bool(b.restart_harmless if b.restart_harmless is not None else effect == "redone")
+    elif b.codec == "restart" and _moves(a):
+        pass  # operands that were moved are moved for the target too: it finishes what is left
     elif a.codec == "restart" or b.codec == "restart":
         outcome[some] = CODE["restarts"] if a.codec != b.codec else CODE["resumes"]
         harmless[:] = b.restart_harmless is True

@@ -60,6 +60,7 @@ class Check:
     minimum: int | None = None
     equals: int | None = None
     not_equals: int | None = None
+    spares: tuple[int, ...] = ()  # sub-operation numbers that a test of the dispatch is not made for
     zero_bits: int = 0
     resumed_only: bool = False
     width: int = 64

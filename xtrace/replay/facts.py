@@ -330,6 +330,7 @@ def _check(c: Mapping[str, Any], release: str) -> Check:
         minimum=c.get("min"),
         equals=equals,
         not_equals=c.get("not_equals"),
+        spares=tuple(c.get("except", ())),
         zero_bits=int(c.get("zero_bits", 0)),
         resumed_only=c.get("when") == "resumed",
         width=int(c.get("width", 64)),

@@ -403,7 +403,10 @@ def _before_dispatch(d: Dispatch, at: str, s: States, read: Decoded, issuer: str
     out = []
     if not may_issue(issuer, d.guard):
         out.append((d.guard_errno, np.ones(len(s), bool), no))
-    out += [(c.errno, _fails(c, s), ~s.at(c.at if c.at.startswith(("arg", "mem.")) else f"mem.{c.at}").known) for c in d.checks]
+    for c in d.checks:
+        made = ~np.isin(read.number, np.array(c.spares, np.int64))
+        known = s.at(c.at if c.at.startswith(("arg", "mem.")) else f"mem.{c.at}").known
+        out.append((c.errno, _fails(c, s) & made, ~known & made))
     if d.command_bits is not None:
         word = s.at(at)
         stray = word.known & ((word.value & np.uint64(d.progress_bits())) != 0)

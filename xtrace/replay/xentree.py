@@ -100,7 +100,7 @@ def _function(text: str, name: str) -> str | None:
         after = re.match(r"\)[^;{}()]*(?:__\w+\([^)]*\)[^;{}()]*)*\{", text[i:])
         if after is None:
             continue
-        end = re.compile(r"^\}", re.M).search(text, i)
+        end = re.compile(r"^\}(?!\))", re.M).search(text, i)
         out.append(text[found.start() : end.end() if end else len(text)])
     return "\n".join(out) or None
 
@@ -132,9 +132,9 @@ def definition(text: str, symbol: str, path: str) -> str | None:
         rf"\b{name}\s*\[[^\n]*?\]\s*=\s*\{{.*?^\}};",
         rf"(?:ENTRY|GLOBAL)\({name}\).*?(?=^(?:ENTRY|GLOBAL)\(|\Z)",
     ):
-        found = [m[0] for m in re.finditer(pattern, text, re.S | re.M)]  # several under #ifdef
-        if found:
-            return "\n".join(found)
+        several = [m[0] for m in re.finditer(pattern, text, re.S | re.M)]  # several under #ifdef
+        if several:
+            return "\n".join(several)
     # An enumerator, a label, a variable: the lines that name it.
     rows = [line for line in text.splitlines() if re.search(rf"\b{name}\b", line)]
     return "\n".join(rows) or None
