@@ -65,10 +65,9 @@ def test_real_answers(target: str, caller: str) -> None:
         memory = {k: [number(v)] for k, v in r["memory_before"].items() if number(v) is not None}
         words = r["memory_before"].get("words")
         if facts.command_at(r["op"]) == "mem.cmd" and words and "cmd" not in memory:
-            # uint32_t cmd, interface_version; some rows give words of 64 bits.
-            cmd, version_ = (int(w, 0) for w in words[:2])
-            memory["cmd"] = [cmd & 0xFFFFFFFF]
-            memory.setdefault("interface_version", [cmd >> 32 or version_])
+            head = int(words[0], 0)  # uint32_t cmd, interface_version: words of 64 bits, or of 32
+            memory["cmd"] = [head & 0xFFFFFFFF]
+            memory.setdefault("interface_version", [head >> 32 if caller == "pv64" else int(words[1], 0)])
         states = States.of([[number(a) for a in r["args"]]], memory)
         got = Hypervisor(version, caller).resume(r["op"], states, "control")
         disposition, where = got.disposition[0], (r["id"], target, r["what_happened"])

@@ -137,6 +137,10 @@ def _pair(
     n = len(rows)
     outcome = np.full(n, CODE["resumes"], np.int8)
     harmless = np.zeros(n, bool)
+    if a.never_left:
+        # What the source leaves cannot be gone on with on any host.
+        outcome[:] = CODE["wrong_result"]
+        return outcome, harmless
     if a.operation != b.operation:
         outcome[:] = CODE["misdirected"]
         return outcome, harmless
@@ -146,8 +150,10 @@ def _pair(
     some = ~done.known | (done.value > 0)
     if a.codec == "hypervisor" or b.codec == "hypervisor":
         effect = a.held_effect or b.held_effect or "redone"
-        outcome[:] = CODE["lost" if effect == "lost" else "restarts"]
-        harmless[:] = bool(b.restart_harmless if b.restart_harmless is not None else effect == "redone")
+        # A source that leaves nothing done loses nothing.
+        hit = np.ones(n, bool) if a.codec == "hypervisor" else some
+        outcome[hit] = CODE["lost" if effect == "lost" else "restarts"]
+        harmless[hit] = bool(b.restart_harmless if b.restart_harmless is not None else effect == "redone")
     elif b.codec == "restart" and _moves(a):
         pass  # operands that were moved are moved for the target too: it finishes what is left
     elif a.codec == "restart" or b.codec == "restart":
@@ -185,6 +191,8 @@ def _pair(
     left = t.total.take(rows)
     short = left.known & t_index.known & (t_index.value < left.value) & (outcome == CODE["resumes"])
     outcome[(disposition == hv.ENDS) & short] = CODE["refused"]
+    # A test of the target ends it with success though something is left.
+    outcome[target.idle[rows] & (outcome == CODE["resumes"]) & (a.checks != b.checks)] = CODE["wrong_result"]
     for k, form in enumerate(t.specials):
         hit = (disposition == hv.SPECIAL) & (t.special[rows] == k)
         outcome[hit] = CODE[form.result]

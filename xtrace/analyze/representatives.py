@@ -26,6 +26,8 @@ _TOTALS: Final = (2, 64, 512, 4096, 1 << 20)
 #: Progress tried: enough to tell any two shifts apart (they differ modulo small powers of two), and large values.
 _PROGRESS: Final = tuple(sorted({*range(65), *(1 << k for k in range(6, 31)), *((1 << k) + 1 for k in range(6, 31)), 1000}))
 
+_MANY: Final = 1 << 62
+
 #: Where a range begins that has a beginning of its own.
 _BASE: Final = 0x40
 
@@ -88,14 +90,11 @@ def calls(b: Behaviour, total: int | None = None, checks: Iterable[Check] = ()) 
     states = States(tuple(Column.full(n, 0x1000_0000 * k) for k in range(6)), {})
     known = np.ones(n, bool)
     changes: dict[str, Column] = {}
-    for check in (*checks, *b.checks, *((b.continues_when,) if b.continues_when else ())):
-        where = _at(check.at)
-        if check.resumed_only or where == b.total or where == f"arg{b.params.get('count')}":
-            continue
-        if check.equals is not None:
-            changes[where] = Column.full(n, check.equals)
-        elif (check.minimum, check.maximum) != (None, None) and where not in changes:
-            changes[where] = Column.full(n, check.minimum if check.minimum is not None else check.maximum or 0)
+    count = f"arg{b.params.get('count')}"
+    for where, (low, high) in _bounds((*checks, *b.checks, *((b.continues_when,) if b.continues_when else ()))).items():
+        if where not in (b.total, count):
+            # The least and the greatest value that passes, in turn.
+            changes[where] = Column(np.where(np.arange(n) % 2 == 0, np.uint64(low), np.uint64(high)), known)
     if b.command_at is not None:
         changes[b.command_at] = Column.full(n, b.number)
     if b.inner is not None and kinds != [None]:
@@ -118,6 +117,27 @@ def calls(b: Behaviour, total: int | None = None, checks: Iterable[Check] = ()) 
     if b.params.get("done"):
         changes[_at(str(b.params["done"]))] = Column.full(n, 0)
     return states.replace(changes), p
+
+
+def _bounds(checks: Iterable[Check]) -> dict[str, tuple[int, int]]:
+    """Return for each location the least and greatest value that passes every test made on a first entry."""
+    out: dict[str, tuple[int, int]] = {}
+    for check in checks:
+        where = _at(check.at)
+        if check.resumed_only or (check.equals, check.minimum, check.maximum) == (None, None, None):
+            continue
+        low, high = out.get(where, (0, _MANY))
+        if check.equals is not None:
+            low = high = check.equals
+        low = max(low, check.minimum or 0)
+        high = min(high, check.maximum if check.maximum is not None else _MANY)
+        out[where] = (low, high)
+    for check in checks:
+        low, high = out.get(_at(check.at), (0, 0))
+        if check.not_equals is not None and check.not_equals in (low, high) and low < high:
+            out[_at(check.at)] = (low + (low == check.not_equals), high - (high == check.not_equals))
+    # No upper bound: the least will do.
+    return {where: (low, low if high == _MANY else high) for where, (low, high) in out.items()}
 
 
 def special_states(b: Behaviour, form: Special) -> States:
@@ -151,8 +171,8 @@ def left_behind(source: str, caller: str, op: int, b: Behaviour, issuer: str, to
 def _left(xen: Hypervisor, op: int, states: States, issued: States | None, issuer: str) -> Left:
     read = xen.decode(op, states, issued)
     verdict = outcomes.judge(read, xen.resume(op, states, issuer, issued))
-    still = np.array([b.codec in _STILL for b in read.behaviours] + [False])[read.which]
-    # Work held inside Xen goes on where it stopped as long as it is the same Xen.
+    # Work held inside Xen goes on where it stopped as long as it is the same Xen, and so does what only a move refuses.
+    still = np.array([b.codec in _STILL or b.refuses is not None for b in read.behaviours] + [False])[read.which]
     return Left(states, read, (verdict.outcome == _RESUMES) | still | (read.special >= 0))
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from xtrace.replay.behaviour import Behaviour, Check, Hypercall
 
-__all__ = ("Done", "Guest", "issue")
+__all__ = ("Done", "Guest", "issue", "named", "where_of")
 
 MASK64: Final = (1 << 64) - 1
 MASK32: Final = (1 << 32) - 1
@@ -48,6 +48,7 @@ class Guest:
         origin: args and memory as issued, for telling places from moved operands.
         layout: name of the structure's layout in memory; None if it has but one.
         done: what was done so far, in order.
+        shift: units by which Xen moved the operands on: what stands in them is a shorter call.
     """
 
     caller: str
@@ -60,6 +61,8 @@ class Guest:
     layout: str | None = None
     origin: dict[str, int] = field(default_factory=dict)
     done: list[Done] = field(default_factory=list)
+    shift: int = 0
+    number_left: int | None = None  # sub-operation number of the continuation, as the host that left it reads it
 
     @property
     def bits(self) -> int:
@@ -120,9 +123,11 @@ def issue(call: Hypercall, b: Behaviour, total: int, issuer: str = "guest", *, s
             g.put(where, check.minimum if check.minimum is not None else min(check.maximum or 0, g.get(where)))
     if b.command_at is not None:
         g.put(b.command_at, b.number)
-    if b.inner is not None:
+    if b.inner is not None and b.inner_operations:
         names = b.inner_continues
-        g.put(where_of(b.inner), next((n for n, name in b.inner_operations.items() if names is None or name in names), 0))
+        number = next((n for n, name in b.inner_operations.items() if names is None or name in names), 0)
+        g.put(where_of(b.inner), number)
+        g.operation = named(b, g)
     for condition in b.orders:
         above, _, below, *_ = condition.split()
         g.put(below, 0x1000)
@@ -145,6 +150,14 @@ def issue(call: Hypercall, b: Behaviour, total: int, issuer: str = "guest", *, s
         g.put(where_of(str(b.params["done"])), 0)
     g.origin = {f"arg{k}": v for k, v in enumerate(g.args)} | {f"mem.{k}": v for k, v in g.memory.items()}
     return g
+
+
+def named(b: Behaviour, g: Guest) -> str:
+    """Return the name of an operation, with that of the command inside its structure where it has one."""
+    if b.inner is None or not g.has(where_of(b.inner)):
+        return b.operation
+    inner = b.inner_operations.get(g.get(where_of(b.inner)))
+    return f"{b.operation}/{inner}" if inner is not None else b.operation
 
 
 def where_of(name: str) -> str:

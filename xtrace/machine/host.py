@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from xtrace.machine.guest import MASK32, MASK64, Done, Guest, where_of
+from xtrace.machine.guest import MASK32, MASK64, Done, Guest, named, where_of
 from xtrace.replay import facts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from xtrace.replay.behaviour import Behaviour, Check, Dispatch, Hypercall, Special
 
 __all__ = ("Entry", "Host")
@@ -36,6 +34,7 @@ class Entry:
     host: int
     release: str
     kind: str
+    number: int | None = None  # sub-operation number that it read
     handler: str | None = None  # the operation whose handler was entered
     start: int | None = None  # units that it took for done
     done: int = 0  # units done in this entry
@@ -43,6 +42,8 @@ class Entry:
     errno: str | None = None
     why: str = ""  # absent, unmatched, before (refused before the operation is looked at), check, limit, form
     form: Special | None = None
+    far: bool = False  # the work began at the far end
+    far_left: bool = False  # what was left would go on from the far end here
     layout: bool = False  # the structure was read in a layout that it does not have
 
 
@@ -76,7 +77,8 @@ class Host:
         b = self._dispatch(call, g, e)
         if b is None:
             return e
-        e.handler = b.operation
+        e.handler = named(b, g)
+        e.number = b.number if e.number is None else e.number
         if b.codec == "unknown":
             e.kind = "unknown"
             return e
@@ -87,7 +89,11 @@ class Host:
             return e
         if refused:
             return e
-        e.layout = b.params.get("layout") != g.layout
+        if b.params.get("layout") != g.layout:
+            e.layout, e.errno = True, str(b.params.get("other_layout", ""))
+            if e.errno.startswith("-E"):
+                return e
+            e.errno = None
         return self._work(call, b, g, e, stop)
 
     def _dispatch(self, call: Hypercall, g: Guest, e: Entry) -> Behaviour | None:
@@ -98,7 +104,7 @@ class Host:
         word = _word(d, g.get(call.command_at or "arg0"))
         number = word & d.mask
         stray = word & d.progress_bits()
-        if not _may(g.issuer, d.guard):
+        if not any(_may(g.issuer, guard) for guard in (d.guard, *d.guards_also)):
             e.errno, e.why = d.guard_errno, "before"
             return None
         for check in d.checks:
@@ -113,7 +119,7 @@ class Host:
             b, number = None, word
         if b is None:
             e.errno, e.why = d.unmatched, "unmatched"
-            e.start = number
+        e.number = number
         return b
 
     def _refused(self, call: Hypercall, b: Behaviour, g: Guest, e: Entry) -> bool:
@@ -129,6 +135,7 @@ class Host:
             return True
 
         index = _index(call, b, g)
+        e.start = index
         d = call.dispatch
         if d is not None and b.codec not in ("shifted_index", "masked_offset"):
             word = _word(d, g.get(call.command_at or "arg0"))
@@ -142,7 +149,12 @@ class Host:
                 return stop(check.errno)
         if b.refuses is not None and _continues(b, g):
             return stop(b.refuses)
-        if b.inner is not None and b.inner_operations and g.has(where_of(b.inner)) and g.get(where_of(b.inner)) not in b.inner_operations:
+        if (
+            b.inner is not None
+            and b.inner_operations
+            and g.has(where_of(b.inner))
+            and g.get(where_of(b.inner)) not in b.inner_operations
+        ):
             return stop(b.inner_unmatched)
         total = _total(b, g)
         if b.max_total is not None and total is not None and total > b.max_total:
@@ -153,64 +165,53 @@ class Host:
 
     def _work(self, call: Hypercall, b: Behaviour, g: Guest, e: Entry, stop: int | None) -> Entry:
         """Do the units from where the handler takes the call to be, until the end or a preemption."""
-        start, places = self._places(call, b, g)
-        e.start = start
-        if b.codec == "redirect":
-            if stop is not None:
-                self._redirect(b, g)
-                e.kind = "preempted"
-                return e
-            places = iter(())
+        start, todo = self._places(call, b, g)
+        e.start, e.far = start, _far(b, g)
+        if b.codec == "redirect" and stop is not None:
+            self._redirect(b, g)
+            e.kind = "preempted"
+            g.number_left, g.operation = self._left(g)
+            return e
         k = 0
-        todo = list(places)
         legal = None if stop is None else _where_it_looks(call, b, g, start, stop, len(todo))
         for place in todo:
             if legal is not None and k == legal:
                 self._leave(call, b, g, start, k)
-                e.kind, e.done = "preempted", k
+                e.kind, e.done, e.far_left = "preempted", k, _far(b, g)
+                g.number_left = b.number
                 return e
-            g.done.append(Done(b.operation, place, self.place))
+            g.done.append(Done(e.handler or b.operation, place, self.place))
             k += 1
         e.kind, e.done = "returned", k
         self.inside.pop((call.number, b.operation), None)
         e.result = start + k if b.max_total_result == "progress" else 0
         return e
 
-    def _places(self, call: Hypercall, b: Behaviour, g: Guest) -> tuple[int, Iterator[int]]:
-        """Return how many units are taken for done, and the places in the call of those to do."""
-        p = b.params
-        total = g.total
-        if b.codec in ("shifted_index", "masked_offset") or (b.codec == "guest_structure" and p.get("index")):
-            start = _index(call, b, g)
-            end = _total(b, g)
-            rest = range(start, max(start, total if end is None else end))
-            return start, iter([(len(range(total)) - 1 - i) if _far(b, g) else i for i in rest])
-        if b.codec == "hypervisor":
-            start = self.inside.get((call.number, b.operation), 0)
-            return start, iter(range(start, total))
+    def _places(self, call: Hypercall, b: Behaviour, g: Guest) -> tuple[int, list[int]]:
+        """Return how many units are taken for done, and the places in the call of those to do, in order."""
+        p, far = b.params, _far(b, g)
         if b.codec in ("count_flag", "advanced"):
-            first, left = 0, total
+            first, left = g.shift, g.total - g.shift
             if p.get("pointer") is not None:
+                # Where the pointer stands tells, in this release's units.
                 first = g.moved(f"arg{p['pointer']}") // int(p["size"])
-                left = total - first
+                left = g.total - first
             if p.get("count") is not None:
                 left = _count(b, g)
-                if p.get("pointer") is None:
-                    first = total - left
-            return 0, iter(range(first, first + left))
-        if b.codec == "guest_structure":
-            whole = _total(b, g)
-            steps = [(n, int(s)) for n, s in p.get("advance", {}).items()]
-            if steps:
-                name, step = steps[0]
-                first = g.moved(where_of(name)) // step
-            else:
-                first = 0 if whole is None else total - whole
-            left = total - first if whole is None else whole
-            if _far(b, g):
-                return 0, iter(range(left - 1, -1, -1))
-            return 0, iter(range(first, first + left))
-        return 0, iter(range(total))
+                first = g.total - left if p.get("pointer") is None else first
+            return 0, list(range(first, first + left))
+        start = 0
+        if b.codec == "hypervisor":
+            start = self.inside.get((call.number, b.operation), 0)
+        elif b.codec in ("shifted_index", "masked_offset", "guest_structure"):
+            start = _index(call, b, g)
+        # What stands in the structure may be the rest of a call whose operands were moved.
+        whole = _total(b, g)
+        end = g.total - g.shift if whole is None else whole
+        places = [g.shift + i for i in range(start, max(start, end))]
+        if far:
+            return start, [g.shift + end - 1 - i for i in range(start, end)]
+        return start, places
 
     def _leave(self, call: Hypercall, b: Behaviour, g: Guest, start: int, k: int) -> None:
         """Write a continuation after ``k`` units of this entry."""
@@ -226,6 +227,7 @@ class Host:
             if p.get("pointer") is not None:
                 where = f"arg{p['pointer']}"
                 g.put(where, g.get(where) + k * int(p["size"]))
+            g.shift += k
             if p.get("count") is not None:
                 where = f"arg{p['count']}"
                 flag = int(p.get("flag", 0))
@@ -238,6 +240,8 @@ class Host:
             if p.get("index"):
                 base = g.get(where_of(str(p["base"]))) if p.get("base") else 0
                 g.put(where_of(str(p["index"])), base + progress)
+            elif not _far(b, g):
+                g.shift += k
             for name, step in p.get("advance", {}).items():
                 g.put(where_of(name), g.get(where_of(name)) + k * int(step))
             for name, step in p.get("reduce", {}).items():
@@ -247,6 +251,15 @@ class Host:
         elif b.codec == "restart":
             # What this entry did is done anew by the next: nothing of it counts.
             del g.done[len(g.done) - k :]
+
+    def _left(self, g: Guest) -> tuple[int | None, str]:
+        """Return the number and name of the operation that a redirected call goes on as, on this host."""
+        call = facts.lookup(self.release, g.caller, g.number)
+        number = 0
+        if call.dispatch is not None:
+            number = _word(call.dispatch, g.get(call.command_at or "arg0")) & call.dispatch.mask
+        b = call.by_number.get(number) or next(iter(call.by_number.values()), None)
+        return number, call.name if b is None else named(b, g)
 
     def _redirect(self, b: Behaviour, g: Guest) -> None:
         if b.params.get("to_operation") is not None and b.command_at is not None:

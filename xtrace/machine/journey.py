@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from xtrace.machine.host import Entry, Host
 
@@ -56,19 +56,13 @@ def travel(guest: Guest, stops: Sequence[tuple[str, int | None]]) -> Journey:
     return out
 
 
-#: What the table says of outcomes in which nothing is recorded as done.
-_SILENT: Final = ("unknown",)
-
-
-def verdict(journey: Journey, redirected: str | None = None) -> Verdict:
+def verdict(journey: Journey) -> Verdict:
     """Derive the outcome of the last entry from what the guest's units saw.
 
     Args:
         journey: at least two entries, the last of them on the target.
-        redirected: the operation that goes on with the guest's own under another number, if the source redirects it.
     """
-    g, last = journey.guest, journey.entries[-1]
-    wanted = redirected or g.operation
+    g, last, before = journey.guest, journey.entries[-1], journey.entries[:-1]
     if last.kind == "unknown":
         return Verdict("unknown", None, 0, 0)
     if last.why == "absent":
@@ -76,8 +70,9 @@ def verdict(journey: Journey, redirected: str | None = None) -> Verdict:
     if last.why == "before":
         return Verdict("refused", last.errno, 0, 0)
     if last.why == "unmatched":
-        return Verdict("unmatched", last.errno, 0, 0)
-    if last.handler != wanted:
+        return Verdict("absent" if last.number == g.number_left else "refused", last.errno, 0, 0)
+    # An unknown command inside the structure is the business of the same handler.
+    if last.handler not in (g.operation, g.operation.partition("/")[0]):
         return Verdict("misdirected", last.errno, 0, 0)
     if last.form is not None:
         return Verdict(last.form.result, last.errno, 0, 0, last.form.harmless)
@@ -86,12 +81,18 @@ def verdict(journey: Journey, redirected: str | None = None) -> Verdict:
     counts = g.counts()
     never = sum(1 for n in counts.values() if n == 0)
     twice = sum(1 for place, n in counts.items() if n > 1 or (n and place >= g.total))
-    if last.why == "limit" and never:
+    if last.layout:
+        return Verdict("wrong_result", None, never, twice)
+    if last.why == "limit" and never and (last.start or 0) < g.total:
         return Verdict("refused", None, never, twice)
-    if never and twice:
+    if last.why == "check" and never:
+        return Verdict("wrong_result", None, never, twice)  # a test ends it with success though something is left
+    # What is left is taken from the other end than where the host before stopped.
+    turned = bool(before) and before[-1].done > 0 and before[-1].far_left != last.far
+    if turned or (never and twice):
         return Verdict("wrong_result", None, never, twice)
     if never:
         return Verdict("skips", None, never, twice)
     if twice:
-        return Verdict("restarts" if not last.start else "redoes", None, never, twice)
+        return Verdict("redoes" if last.start else "restarts", None, never, twice)
     return Verdict("resumes", None, 0, 0)

@@ -33,6 +33,7 @@ class Dispatch:
     command_bits_except: tuple[int, ...] = ()
     guard: str = "any"
     guard_errno: str = "-EPERM"
+    guards_also: tuple[str, ...] = ()
     sign_extend: bool = False  # an int on its way to an unsigned long
 
     def word(self, value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

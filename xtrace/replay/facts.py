@@ -215,8 +215,13 @@ def _dispatch(row: Mapping[str, Any], release: str) -> Dispatch:
         command_bits_except=tuple(row.get("command_bits_except", ())),
         guard=str(row.get("guard", "any")),
         guard_errno=str(row.get("guard_errno", "-EPERM")),
+        guards_also=_guards_also(row),
         sign_extend=bool(row.get("sign_extend", False)),
     )
+
+
+def _guards_also(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[k]) for k in ("guard_debug_build", "guard_console_domain") if k in row)
 
 
 def _behaviours(path: str, release: str, caller: str, at: str | None) -> Iterator[Behaviour]:
@@ -304,7 +309,7 @@ def _behaviour(
         domids_unless=tuple(sorted((k, int(v)) for k, v in row.get("domids_unless", {}).items())),
         command_at=at,
         never_left=bool(row.get("never_left", False)),
-        guards_also=tuple(str(row[k]) for k in ("guard_debug_build", "guard_console_domain") if k in row),
+        guards_also=_guards_also(row),
         ident=ident,
     )
 

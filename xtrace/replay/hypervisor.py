@@ -107,6 +107,7 @@ class Resumed:
     errnos: tuple[str, ...]
     errno: npt.NDArray[np.int16]  # index into errnos, −1
     doubt: Mask  # a check reads something that the trace did not record
+    idle: Mask  # a test ends it at once, with success
     before: Mask  # refused before the operation was looked at (a guard, an interface version): no handler is entered
 
     def errno_of(self, i: int) -> str | None:
@@ -277,7 +278,7 @@ class Hypervisor:
         errno = np.full(n, -1, np.int16)
         doubt = np.zeros(n, bool)
         errnos: list[str] = []
-        stopped_before = np.zeros(n, bool)
+        stopped_before, idle = np.zeros(n, bool), np.zeros(n, bool)
 
         def refuse(rows: npt.NDArray[np.intp], text: str) -> None:
             if not text.startswith("-E"):
@@ -305,11 +306,12 @@ class Hypervisor:
             rows = np.flatnonzero(read.which == k)
             open_ = (disposition[rows] == ENTERS) & ~stopped_before[rows]  # rows that no check has stopped yet
 
-            for text, hit, unsure in _checks(call, b, states.take(rows), read, rows, issuer):
+            for text, hit, unsure, ends_early in _checks(call, b, states.take(rows), read, rows, issuer):
                 doubt[rows[open_ & unsure]] = True
                 stopped = open_ & hit
                 if stopped.any():
                     refuse(rows[stopped], text)
+                    idle[rows[stopped]] |= text == "ok" and ends_early
                     # A test before it that cannot be told may have stopped it with another errno.
                     errno[rows[stopped & doubt[rows] & ~unsure]] = -1
                     open_ &= ~hit
@@ -321,7 +323,7 @@ class Hypervisor:
                     disposition[hit] = SPECIAL
                     if form.errno:
                         refuse(hit, form.errno)
-        return Resumed(read, disposition, tuple(errnos), errno, doubt, stopped_before)
+        return Resumed(read, disposition, tuple(errnos), errno, doubt, idle, stopped_before)
 
 
 def _matches(form: Special, s: States) -> Mask:
@@ -401,7 +403,7 @@ def _before_dispatch(d: Dispatch, at: str, s: States, read: Decoded, issuer: str
     """Return (result, rows stopped, rows that cannot be told) of what is tested whatever the command names."""
     no = np.zeros(len(s), bool)
     out = []
-    if not may_issue(issuer, d.guard):
+    if not any(may_issue(issuer, g) for g in (d.guard, *d.guards_also)):
         out.append((d.guard_errno, np.ones(len(s), bool), no))
     for c in d.checks:
         made = ~np.isin(read.number, np.array(c.spares, np.int64))
@@ -417,40 +419,40 @@ def _before_dispatch(d: Dispatch, at: str, s: States, read: Decoded, issuer: str
 
 def _checks(
     call: Hypercall, b: Behaviour, s: States, read: Decoded, rows: npt.NDArray[np.intp], issuer: str
-) -> list[tuple[str, Mask, Mask]]:
-    """Return (result, rows stopped, rows that cannot be told) for each test on entry, in Xen's order."""
+) -> list[tuple[str, Mask, Mask, bool]]:
+    """Return (result, rows stopped, rows that cannot be told, whatever is left) for each test on entry, in Xen's order."""
     n = len(rows)
     no = np.zeros(n, bool)
-    out: list[tuple[str, Mask, Mask]] = []
+    out: list[tuple[str, Mask, Mask, bool]] = []
     if call.dispatch is not None and b.codec not in ("shifted_index", "masked_offset"):
         word = s.at(call.command_at or "arg0")
         stray = word.known & ((word.value & np.uint64(call.dispatch.progress_bits())) != 0)
         if b.command_bits not in ("ignored", "unmatched"):
-            out.append((b.command_bits, stray, no))
+            out.append((b.command_bits, stray, no, False))
     if not any(may_issue(issuer, g) for g in (b.guard, *b.guards_also)):
-        out.append((b.guard_errno, np.ones(n, bool), no))
+        out.append((b.guard_errno, np.ones(n, bool), no, False))
     index = read.index.take(rows)
     resumed = read.marked[rows] | (index.known & (index.value != 0))
     for c in b.checks:
         known = s.at(c.at if c.at.startswith(("arg", "mem.")) else f"mem.{c.at}").known
         live = resumed if c.resumed_only else np.ones(n, bool)
-        out.append((c.errno, _fails(c, s) & live, ~known & live))
+        out.append((c.errno, _fails(c, s) & live, ~known & live, True))
     if b.refuses is not None:
-        out.append((b.refuses, ~_idle(b, s), no))
+        out.append((b.refuses, ~_idle(b, s), no, False))
     if b.inner is not None and b.inner_operations:
         inside = s.at(b.inner)
         listed = np.isin(inside.value, np.fromiter(b.inner_operations, np.uint64, len(b.inner_operations)))
-        out.append((b.inner_unmatched, inside.known & ~listed, no))
+        out.append((b.inner_unmatched, inside.known & ~listed, no, False))
     total = read.total.take(rows)
     if b.max_total is not None:
         over = total.known & (total.value > np.uint64(b.max_total))
-        out.append((b.max_total_result or "progress", over, no))
+        out.append((b.max_total_result or "progress", over, no, False))
     if b.past_end is not None:
         compared = total.known & index.known & (index.value != 0)
         past = compared & (index.value > total.value)
         level = compared & (index.value == total.value)
-        out.append((b.past_end, past, no))
-        out.append((b.at_end or b.past_end, level, no))
+        out.append((b.past_end, past, no, False))
+        out.append((b.at_end or b.past_end, level, no, False))
     return out
 
 
