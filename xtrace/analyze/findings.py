@@ -146,8 +146,10 @@ def _agree(sides: list[judging.Side], targets: list[str], role: str | None, cont
     blind = np.isin(sides[-1].decoded.status, surface.OPEN)
     if blind.any():
         # Unrecorded registers: judge the set of states that the source could have left (DESIGN §5).
-        breaks = any(surface.undecided(s.release, s.caller, s.number, targets[0]) for s in sides)
-        outcome[blind] = outcomes.CODE["undecidable" if breaks else "resumes"]
+        of_sources = {surface.of_the_set(s.release, s.caller, s.number, targets[0]) for s in sides}
+        name, text = next(iter(of_sources)) if len(of_sources) == 1 else ("undecidable", None)
+        outcome[blind] = outcomes.CODE[name]
+        errno[blind] = outcomes.ERRNOS.code(text)
     return _Result(targets, last, outcome, errno, harmless)
 
 

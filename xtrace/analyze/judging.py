@@ -112,6 +112,7 @@ def _nest(n: int, parts: list[tuple[npt.NDArray[np.intp], Decoded]]) -> pl.Serie
 
 def read_source(release: str, caller: str, number: int, states: States, issued: States | None) -> Side:
     """Read continuations as the release that left them does."""
+    states = _passed(release, caller, number, states)
     decoded = Hypervisor(release, caller).decode(number, states, issued)
     side = Side(release, caller, number, states, issued, decoded, [*(b.guard for b in decoded.behaviours), None], [])
     if number == MULTICALL:
@@ -125,6 +126,19 @@ def read_source(release: str, caller: str, number: int, states: States, issued: 
                 keep = np.flatnonzero(begun)
                 side.inner.append((op, rows[keep], read_source(release, caller, op, inside.take(keep), None)))
     return side
+
+
+def _passed(release: str, caller: str, number: int, states: States) -> States:
+    """Fill in what a continuation must hold because its source let it pass: an interface version that was not recorded."""
+    dispatch = facts.lookup(release, caller, number).dispatch
+    changes: dict[str, Column] = {}
+    for check in dispatch.checks if dispatch is not None else ():
+        where = check.at if check.at.startswith(("arg", "mem.")) else f"mem.{check.at}"
+        column = states.at(where)
+        if check.equals is None or check.spares or column.known.all():
+            continue
+        changes[where] = Column(np.where(column.known, column.value, np.uint64(check.equals)), np.ones(len(states), bool))
+    return states.replace(changes) if changes else states
 
 
 def judge_at(side: Side, target: str, issuer: str) -> Judged:

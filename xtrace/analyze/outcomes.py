@@ -96,6 +96,8 @@ def judge(source: Decoded, target: Resumed) -> Verdicts:
     assert (outcome >= 0).all()
     # An errno goes with an outcome only where the call really ends with it.
     shown = np.isin(outcome, (CODE["absent"], CODE["misdirected"], CODE["refused"]))
+    if t.hypercall.reaches is not None:
+        shown &= outcome != CODE["misdirected"]  # what the other hypercall makes of it is not known
     codes = np.array([*(ERRNOS.code(e) for e in target.errnos), 0], np.int16)
     errno = np.where(shown, codes[target.errno], np.int16(0))
     for a, b in pairs.T:

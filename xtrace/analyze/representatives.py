@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from xtrace.analyze import outcomes
+from xtrace.replay import facts
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.states import Column, States
 
@@ -156,11 +157,12 @@ def left_behind(source: str, caller: str, op: int, b: Behaviour, issuer: str, to
     """
     xen = Hypervisor(source, caller)
     out: list[Left] = []
-    if b.codec not in ("none", "redirect", "unknown") and not b.never_left:
+    restarts = b.codec == "redirect" and bool(b.params.get("also_restarts"))
+    if (b.codec not in ("none", "redirect", "unknown") or restarts) and not b.never_left:
         dispatch = xen.hypercall(op).dispatch
         issued, progress = calls(b, total, () if dispatch is None else dispatch.checks)
         if len(progress):
-            left = xen.preempt(op, issued, progress)
+            left = issued if restarts else xen.preempt(op, issued, progress)
             out.append(_left(xen, op, left, issued, issuer))
     for form in b.specials:
         if form.creates:
@@ -191,13 +193,16 @@ def fates(source: str, caller: str, op: int, b: Behaviour, target: str, issuer: 
         total: most units asked for; None if not recorded.
     """
     out: dict[tuple[str, bool, str | None], Fate] = {}
+    lefts = [(op, left) for left in left_behind(source, caller, op, b, issuer, total)]
+    for number, onward in _onward(source, caller, op, b):
+        lefts += [(number, left) for left in left_behind(source, caller, number, onward, issuer, total)]
     xen = Hypervisor(target, caller)
-    for left in left_behind(source, caller, op, b, issuer, total):
+    for number, left in lefts:
         rows = np.flatnonzero(left.own)
         if not len(rows):
             continue
         states, read = left.states.take(rows), left.read.take(rows)
-        v = outcomes.judge(read, xen.resume(op, states, issuer))
+        v = outcomes.judge(read, xen.resume(number, states, issuer))
         code = (v.outcome.astype(np.int64) << 32) | (v.errno.astype(np.int64) << 1) | v.harmless
         for value, at, n in zip(*np.unique(code, return_index=True, return_counts=True), strict=True):
             name, errno = outcomes.NAMES[int(value) >> 32], outcomes.ERRNOS[(int(value) >> 1) & 0xFFFF]
@@ -209,6 +214,16 @@ def fates(source: str, caller: str, op: int, b: Behaviour, target: str, issuer: 
                 tuple(a.item(i) for a in states.args),
             )  # fmt: skip
     return list(out.values())
+
+
+def _onward(source: str, caller: str, op: int, b: Behaviour) -> list[tuple[int, Behaviour]]:
+    """Return what a redirected operation goes on as: (hypercall number, operation)."""
+    if b.codec != "redirect":
+        return []
+    number = int(b.params.get("to_hypercall", op))
+    to = b.params.get("to_operation")
+    there = facts.lookup(source, caller, number).by_number
+    return [(number, k) for n, k in there.items() if (to is None or n == to) and k.codec not in ("none", "redirect")]
 
 
 def _at(name: str) -> str:

@@ -21,9 +21,8 @@ from xtrace.replay.hypervisor import may_issue
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from xtrace.replay.behaviour import Behaviour, Hypercall
 
-__all__ = ("SEEN", "Surface", "collect", "judge", "merge")
+__all__ = ("SEEN", "Surface", "collect", "judge", "merge", "of_the_set")
 
 #: What is kept of the calls seen: one row for each domain, caller, hypercall and sub-operation.
 SEEN: Final = pl.Schema(
@@ -128,7 +127,7 @@ def judge(
     else:
         behaviours = list(call.by_number.values())
     # Who may not make the call at the source leaves no continuation of it.
-    behaviours = [b for b in _followed(call, behaviours) if b.codec != "none" and not b.never_left and may_issue(issuer, b.guard)]
+    behaviours = [b for b in behaviours if b.codec != "none" and not b.never_left and may_issue(issuer, b.guard)]
     if any(b.codec == "unknown" for b in behaviours):
         return [Surface(tuple(targets), "unknown", {}, (), (), tuple(b.operation for b in behaviours if b.codec == "unknown"))]
     if not behaviours:
@@ -146,7 +145,7 @@ def judge(
             for fate in fates(source, caller, op, b, group[0], issuer, total):
                 key = "resumes" if fate.outcome == "restarts" and fate.harmless else fate.outcome
                 sub[key] = sub.get(key, 0) + fate.count
-            if not sub and b.codec != "redirect":
+            if not sub:
                 unknown.append(name)  # no state was found that its own release goes on with: nothing is said
             for key, n in sub.items():
                 seen[key] = seen.get(key, 0) + n
@@ -164,17 +163,6 @@ def judge(
     return out
 
 
-def _followed(call: Hypercall, behaviours: list[Behaviour]) -> list[Behaviour]:
-    """Add the operations that continue under another number of the same hypercall."""
-    out = list(behaviours)
-    for b in behaviours:
-        to = b.params.get("to_operation") if b.codec == "redirect" else None
-        followed = call.by_number.get(to) if to is not None and b.params.get("to_hypercall", call.number) == call.number else None
-        if followed is not None and followed not in out:
-            out.append(followed)
-    return out
-
-
 def continues(source: str, caller: str, op: int) -> bool:
     """Say whether any sub-operation of a hypercall may leave a continuation."""
     call = facts.lookup(source, caller, op)
@@ -184,9 +172,27 @@ def continues(source: str, caller: str, op: int) -> bool:
 
 
 @cache
-def undecided(source: str, caller: str, op: int, target: str) -> bool:
-    """Say whether any state of a hypercall whose arguments were not recorded breaks at ``target``."""
-    return any(s.verdict != "safe" for s in judge(source, caller, op, None, None, [target], "unknown"))
+def of_the_set(source: str, caller: str, op: int, target: str) -> tuple[str, str | None]:
+    """Judge a continuation whose arguments were not recorded: by the set of states that the source could have left.
+
+    Returns:
+        (outcome, errno) if all of them come to the same, ``resumes`` if all go on, ``undecidable`` if some break.
+    """
+    call = facts.lookup(source, caller, op)
+    if call.status != "modelled":
+        verdicts = {s.verdict for s in judge(source, caller, op, None, None, [target], "unknown")}
+        return ("resumes" if verdicts == {"safe"} else "undecidable"), None
+    seen: set[tuple[str, str | None]] = set()
+    for b in call.by_number.values():
+        if b.codec == "unknown":
+            return "undecidable", None
+        if b.codec != "none" and not b.never_left:
+            for fate in fates(source, caller, op, b, target, "unknown"):
+                clean = fate.outcome == "resumes" or fate.harmless
+                seen.add(("resumes", None) if clean else (fate.outcome, fate.errno))
+    if not seen:
+        return "resumes", None
+    return next(iter(seen)) if len(seen) == 1 else ("undecidable", None)
 
 
 #: Statuses of a decoded state for which the set of possible states is judged instead.

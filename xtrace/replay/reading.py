@@ -37,7 +37,7 @@ def reading(d: Decoded, inner: pl.Series | None = None) -> pl.Series:
         home = pl.select(pl.when(pl.lit(pl.Series(d.special >= 0))).then(pl.lit("hypervisor")).otherwise(home)).to_series()
     frame = pl.DataFrame(
         {
-            "hypercall": pl.repeat(d.hypercall.name, n, dtype=pl.String, eager=True),
+            "hypercall": pl.repeat(d.hypercall.reaches or d.hypercall.name, n, dtype=pl.String, eager=True),
             "subop": operations(d),
             "progress": _series(d.progress),
             "remaining": _series(d.remaining),
@@ -58,7 +58,7 @@ def null_reading(n: int) -> pl.Series:
 
 def operations(d: Decoded) -> pl.Series:
     """Return Xen's name of the sub-operation of each row; null where there is none or it is not known."""
-    if not d.hypercall.command:
+    if not d.hypercall.command or d.hypercall.reaches is not None:
         return pl.Series([None] * len(d.status), dtype=pl.String)
     numbers, back = np.unique(d.number, return_inverse=True)
     known = {b.number: b.operation for b in d.behaviours}

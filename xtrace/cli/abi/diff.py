@@ -49,13 +49,14 @@ def _text(a: str, b: str, changes: list[Change]) -> None:
 
     groups: dict[tuple[object, ...], list[Change]] = {}
     for c in changes:
-        key = (c.hypercall, c.operation, c.guard, c.differences, fate_text(c.forth), fate_text(c.back))
+        key = (c.hypercall, c.operation is None, c.guard, c.differences, fate_text(c.forth), fate_text(c.back), c.commits)
         groups.setdefault(key, []).append(c)
     for same in groups.values():
         c = same[0]
-        name = c.hypercall if c.operation in (None, c.hypercall) else f"{c.hypercall} {c.operation}"
+        names = list(dict.fromkeys(x.operation for x in same if x.operation not in (None, x.hypercall)))
+        kinds = ", ".join(dict.fromkeys(x.caller for x in same))
         who = "" if c.guard == "any" else f"; issued by {c.guard}"
-        print(wrap(f"{name}: {', '.join(x.caller for x in same)}{who}", "", "  "))
+        print(wrap(f"{' '.join([c.hypercall, ', '.join(str(n) for n in names)]).strip()}: {kinds}{who}", "", "  "))
         for d in c.differences:
             print(wrap(f"{d.what}: {d.before or 'none'}  ->  {d.after or 'none'}", "    ", "      "))
         if c.commits:
