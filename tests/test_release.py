@@ -143,7 +143,9 @@ def test_exact_texts_have_no_note(text: str, folded: str) -> None:
         ("4.17.7-pre", "4.17.7", "is a build from before 4.17.7"),
         ("4.2.2-rc1", "4.2.2", "is a build from before 4.2.2"),
         ("4.4.1-xs90192", "4.4.1", "is judged as 4.4.1"),
-        ("4.13.1+XSA-344", "4.13.1", "is judged as 4.13.1"),
+        ("4.13.1+XSA-344", "4.13.1+XSA-344", "is judged as 4.13.1 with XSA-344"),
+        ("4.13.0-pre+xsa344", "4.13.0+XSA-344", "a build from before 4.13.0"),
+        ("4.13.5+XSA-344", "4.13.5", "4.13.5 has XSA-344 already"),
         ("4.13.1_06-lp152.2", "4.13.1", "is judged as 4.13.1"),
         ("4.16.0-1~ubuntu2", "4.16.0", "is judged as 4.16.0"),
         ("3.4.2", "3.4.0", "no tag stands for other releases"),
@@ -303,3 +305,20 @@ def test_a_constant_has_one_number_in_a_release() -> None:
     assert seen["XENMEM_exchange", "3.3.0"] == 11
     assert ("XENMEM_get_pod_target", "3.3.0") not in seen
     assert seen["XENMEM_get_pod_target", "3.4.0"] == 17
+
+
+def test_named_fixes() -> None:
+    """A fix gives one hypercall the facts of the release that has it first in the series, and nothing else."""
+    (fixed,) = release.parse("4.13.1+XSA-344").releases
+    assert release.get("4.13.1") < fixed < release.get("4.13.2")
+    assert release.base(fixed.version) == "4.13.1"
+    assert release.facts_of(fixed.version, "event_channel_op") == "4.13.2"
+    assert release.facts_of(fixed.version, "memory_op") == "4.13.1"
+    assert release.fold(["4.13.1", "4.13.2", fixed.version]) == ["4.13.1–4.13.2", "4.13.1+XSA-344"]
+    for text, words in (
+        ("4.13.1+XSA-1", "no fix called XSA-1"),
+        ("4.5.0+XSA-344", "no release of 4.5 is known to have XSA-344"),
+        ("4.13+XSA-344", "is a series"),
+    ):
+        with pytest.raises(UnknownRelease, match=words):
+            release.parse(text)

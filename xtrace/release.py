@@ -37,8 +37,10 @@ __all__ = (
     "get",
     "index",
     "indices",
+    "is_model",
     "newest",
     "parse",
+    "register",
     "releases",
     "series",
     "spans",
@@ -243,6 +245,11 @@ def parse(text: str) -> Selection:
     exact = _exact(text)
     if exact is not None:
         return Selection(text, exact)
+    if text in _MODELS:
+        parent = get(_MODELS[text])
+        key = (*parent.key, *(0 for _ in range(5 - len(parent.key))), 1)
+        model = Release(key, text, parent.tag, parent.commit, parent.date, (), False)
+        return Selection(text, (model,), f"{text} is a model laid over {parent}")
     fixed = _with_fixes(text)
     if fixed is not None:
         return fixed
@@ -289,8 +296,28 @@ def facts_of(version: str, hypercall: str) -> str:
 
 
 def base(version: str) -> str:
-    """Return the release without the fixes laid over it."""
-    return version.partition("+")[0]
+    """Return the release without the fixes laid over it; of a model its parent."""
+    return _MODELS[version] if version in _MODELS else version.partition("+")[0]
+
+
+#: Models (proposed hypervisors) by name, and the release that each inherits.
+_MODELS: dict[str, str] = {}
+
+
+def register(name: str, parent: str) -> None:
+    """Make the name of a model usable as a version.
+
+    Raises:
+        UnknownRelease: the name means a release already.
+    """
+    if name in _by_name() or name in _by_series() or not re.fullmatch(r"[A-Za-z][\w.-]*", name) or name.lower() in _MASTER:
+        raise UnknownRelease(f"{name!r} cannot be the name of a model: it begins with a letter and means no release")
+    _MODELS[name] = parent
+
+
+def is_model(version: str) -> bool:
+    """Say whether a version is a model."""
+    return version in _MODELS
 
 
 def _with_fixes(text: str) -> Selection | None:
@@ -497,9 +524,9 @@ def fold(versions: Iterable[str], *, whole_series: bool = True) -> list[str]:
     known = releases()
     out = []
     versions = list(versions)
-    fixed = sorted({v for v in versions if "+" in v}, key=lambda v: (index(base(v)), v))
+    fixed = sorted({v for v in versions if base(v) != v}, key=lambda v: (index(base(v)), v))
     if fixed:
-        plain = fold((v for v in versions if "+" not in v), whole_series=whole_series)
+        plain = fold((v for v in versions if base(v) == v), whole_series=whole_series)
         return [*plain, *fixed]
     for i, j in _runs(versions):
         first, last = known[i], known[j]

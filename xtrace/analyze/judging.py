@@ -62,6 +62,7 @@ class Side:
                 itself = low == np.uint64(value)
                 out[told & ~itself] = outcomes.CAVEATS.code(tuple(dict.fromkeys((*b.caveats, "domids"))))
                 out[told & itself] = outcomes.CAVEATS.code(tuple(c for c in b.caveats if c != "domids"))
+        out[self.decoded.special >= 0] = 0  # such a form names neither a frame nor a domain
         for _, rows, side in self.inner:
             pairs, back = np.unique(np.stack([out[rows], side.caveats()]), axis=1, return_inverse=True)
             merged = [tuple(dict.fromkeys((*outcomes.CAVEATS[a], *outcomes.CAVEATS[b]))) for a, b in pairs.T]

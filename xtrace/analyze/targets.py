@@ -46,7 +46,7 @@ def choose(sources: Sequence[str], wanted: Sequence[str]) -> Targets:
     first = next(i for i, r in enumerate(known) if r.version in plain)
     later = [r.version for r in known[first:] if r.released or r.version in sources]
     # The same release on another host has the same fixes.
-    later = [*(s for s in sources if "+" in s), *later]
+    later = [*(s for s in sources if release.base(s) != s), *later]
     series = known[first].series
     before = [r for r in known[:first] if r.series != series]
     rollback = [r.version for r in before if r.series == before[-1].series] if before else []

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from xtrace.cli import abi, analyze, decode, explain, ingest, replay
+from xtrace.cli import abi, analyze, decode, explain, ingest, replay, try_
 
 __all__ = ("app", "run")
 
 app = typer.Typer(
     name="xtrace",
     help="Replay recorded Xen hypercalls and find the continuations that would break on another release.",
+    epilog="--model FILE.toml, with any command: a proposed hypervisor whose name can be given as a release (docs/models.md).",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
@@ -43,7 +44,7 @@ def _main(
     pass
 
 
-for module in (analyze, ingest, replay, decode, explain):
+for module in (analyze, ingest, replay, decode, try_, explain):
     app.command(module.NAME)(module.command)
 app.add_typer(abi.app, name=abi.NAME)
 
@@ -53,7 +54,7 @@ def run(args: list[str] | None = None) -> int:
     from xtrace.errors import XtraceError
 
     try:
-        code = app(args=args, standalone_mode=False)
+        code = app(args=_models(sys.argv[1:] if args is None else args), standalone_mode=False)
         sys.stdout.flush()
     except XtraceError as exc:
         _say(str(exc))
@@ -74,6 +75,26 @@ def run(args: list[str] | None = None) -> int:
         _say("interrupted")
         return 130
     return int(code) if isinstance(code, int) else 0
+
+
+def _models(args: list[str]) -> list[str]:
+    """Load what ``--model FILE`` names, wherever it stands: a model is usable wherever a release is."""
+    rest: list[str] = []
+    it = iter(args)
+    for arg in it:
+        if arg == "--":
+            return [*rest, arg, *it]
+        if arg != "--model" and not arg.startswith("--model="):
+            rest.append(arg)
+            continue
+        path = arg.partition("=")[2] if "=" in arg else next(it, None)
+        from xtrace.errors import UsageError
+        from xtrace.replay.models import load
+
+        if not path:
+            raise UsageError("--model needs a FILE")
+        load(path)
+    return rest
 
 
 def _click_status(exc: Exception) -> int | None:

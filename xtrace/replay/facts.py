@@ -37,6 +37,7 @@ __all__ = (
     "Dispatch",
     "Hypercall",
     "Special",
+    "build",
     "command_at",
     "command_hypercalls",
     "files",
@@ -46,6 +47,8 @@ __all__ = (
     "modelled_releases",
     "operation_label",
     "operation_names",
+    "override_dispatch",
+    "raw",
 )
 
 
@@ -126,6 +129,12 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
         FactError: two entries speak about the same release, caller and operation.
     """
     name = hypercall_names().get(number, f"hypercall_{number}")
+    if releases_mod.is_model(release):
+        from xtrace.replay.models import registered
+
+        model = registered(release)
+        assert model is not None
+        return model.lookup(caller, number)
     if "+" in release:
         return replace(lookup(releases_mod.facts_of(release, name), caller, number), release=release)
     if number & VIRIDIAN and caller in ("hvm64", "hvm32"):
@@ -218,6 +227,32 @@ def _dispatch(row: Mapping[str, Any], release: str) -> Dispatch:
         guards_also=_guards_also(row),
         sign_extend=bool(row.get("sign_extend", False)),
     )
+
+
+def raw(b: Behaviour) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the operation and the behaviour of a fact file that a behaviour was read from."""
+    path, *place = b.ident
+    doc = load(path)
+    if place[0] == "group":
+        group = doc["group"][place[1]]
+        return {**group, "name": place[2], "number": b.number}, dict(group)
+    op = doc["operation"][place[0]]
+    return op, dict(op["behaviour"][place[1]])
+
+
+def build(
+    op: Mapping[str, Any], row: Mapping[str, Any], release: str, caller: str, at: str | None, ident: tuple[Any, ...]
+) -> Behaviour:
+    """Return the behaviour that an entry of a fact file, or of a model laid over it, stands for."""
+    return _behaviour(op, row, release, caller, at, ident)
+
+
+def override_dispatch(before: Dispatch | None, row: Mapping[str, Any], release: str) -> Dispatch:
+    """Return a dispatch with some of its facts changed."""
+    new = _dispatch(row, release)
+    names = {"requires": "checks"}
+    kept = {} if before is None else {names.get(k, k): getattr(new, names.get(k, k)) for k in row}
+    return new if before is None else replace(before, **kept)
 
 
 def _guards_also(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ def command(
     if form == "json":
         print(json.dumps({"a": here, "b": there, "changes": [as_dict(c) for c in changes]}, indent=1))
     else:
-        _text(here, there, changes)
+        show(here, there, changes)
     status = 0
     for c in changes:
         if breaks(c.forth):
@@ -44,7 +44,8 @@ def command(
     return status
 
 
-def _text(a: str, b: str, changes: list[Change]) -> None:
+def show(a: str, b: str, changes: list[Change]) -> None:
+    """Print changes, what is alike together."""
     from xtrace.cli.abi.common import fate_text, wrap
 
     groups: dict[tuple[object, ...], list[Change]] = {}
