@@ -235,10 +235,10 @@ def limit_text(b: Behaviour) -> str:
     return ", ".join(parts)
 
 
-def checks_text(d: Dispatch | None, b: Behaviour) -> str:
+def checks_text(d: Dispatch | None, b: Behaviour | None) -> str:
     """Return the tests on entry, in Xen's order, those of the dispatch first."""
     out = []
-    for c in (*(d.checks if d is not None else ()), *b.checks):
+    for c in (*(d.checks if d is not None else ()), *(b.checks if b is not None else ())):
         tests = [
             f"max {c.maximum:#x}" if c.maximum is not None else "",
             f"min {c.minimum:#x}" if c.minimum is not None else "",

@@ -9,7 +9,7 @@ from xtrace import release
 from xtrace.analyze import compare
 from xtrace.replay import facts
 from xtrace.replay.codecs import codec
-from xtrace.replay.factfiles import load
+from xtrace.replay.factfiles import in_table, load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -43,6 +43,7 @@ class Row:
     limit: str | None = None
     past_end: str | None = None
     checks: str | None = None
+    checks_before: str | None = None  # made before the operation is looked at
     guard: str | None = None
     caveats: tuple[str, ...] = ()
     held: str | None = None
@@ -69,6 +70,8 @@ def rows(numbers: Iterable[int] | None = None, callers: Sequence[str] | None = N
         found: dict[Row, dict[str, list[str]]] = {}
         for caller in CALLERS if callers is None else callers:
             for r in release.releases():
+                if in_table(r.version, caller, number) is None:
+                    continue  # there are no such callers at that release
                 for row in _rows_of(facts.lookup(r.version, caller, number)):
                     found.setdefault(row, {}).setdefault(caller, []).append(r.version)
         out = []
@@ -117,10 +120,33 @@ def _row(call: Hypercall, b: Behaviour) -> Row:
     if b.codec == "none" and not any(s.creates for s in b.specials):
         return Row(call.name, call.number, name, number, (), (), "never", guard=b.guard)
     bits = b.codec in ("shifted_index", "masked_offset")
+    # Registers as issued carry no number of units.
+    still = b.codec in ("hypervisor", "restart", "redirect", "unknown")
     return Row(
-        call.name, call.number, name, number, (), (), "unknown" if b.codec == "unknown" else "continues",
-        home=codec(b.codec).home, encoding=compare.encoding_text(b), command=compare.dispatch_text(call.dispatch) if bits else None,
-        unit=b.unit, total=b.total, first=b.first, stride=b.stride, limit=compare.limit_text(b) or None, past_end=b.past_end,
-        checks=compare.checks_text(call.dispatch, b) or None, guard=b.guard, caveats=b.caveats, held=b.held,
-        special_forms=compare.specials_text(b) or None, breaks_own=b.breaks_own, note=b.note, commit=b.commit, cites=b.cites,
-    )  # fmt: skip
+        call.name,
+        call.number,
+        name,
+        number,
+        (),
+        (),
+        "unknown" if b.codec == "unknown" else "continues",
+        home=codec(b.codec).home,
+        encoding=compare.encoding_text(b),
+        command=compare.dispatch_text(call.dispatch) if bits else None,
+        unit=b.unit,
+        total=b.total,
+        first=None if still else b.first,
+        stride=b.stride,
+        limit=compare.limit_text(b) or None,
+        past_end=b.past_end,
+        checks=compare.checks_text(None, b) or None,
+        checks_before=compare.checks_text(call.dispatch, None) or None,
+        guard=b.guard,
+        caveats=b.caveats,
+        held=b.held,
+        special_forms=compare.specials_text(b) or None,
+        breaks_own=b.breaks_own,
+        note=b.note,
+        commit=b.commit,
+        cites=b.cites,
+    )

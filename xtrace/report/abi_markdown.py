@@ -36,7 +36,7 @@ def page(rows: Iterable[Row]) -> Iterator[str]:
     for (number, name), found in sections.items():
         if any(r.status in ("continues", "unknown") for r in found):
             yield from _section(number, name, found)
-        elif any(r.status == "never" for r in found):
+        elif any(r.status == "never" and r.operation is None for r in found):
             quiet.append((number, name, found))
     yield ""
     yield "## Hypercalls that never leave a continuation"
@@ -49,12 +49,24 @@ def page(rows: Iterable[Row]) -> Iterator[str]:
 
 def _section(number: int, name: str, found: list[Row]) -> Iterator[str]:
     yield ""
-    yield f"## {name} ({number})"
+    yield f"## {name} ({number})" if number < 64 else f"## {name}"
     yield ""
-    if any(r.status == "continues" for r in found):
+    told = [r for r in found if r.status == "continues"]
+    before: dict[str, list[Row]] = {}
+    for r in told:
+        if r.checks_before:
+            before.setdefault(r.checks_before, []).append(r)
+    if before:
+        yield "Checked before the operation is looked at:"
+        yield ""
+        order = {r.version: i for i, r in enumerate(release.releases())}
+        for text, rows in sorted(before.items(), key=lambda x: min(order[v] for r in x[1] for v in release.expand(r.releases))):
+            yield f"- {text} ({_where(rows)})"
+        yield ""
+    if told:
         yield "| operation | callers | releases | kept in | unit, first | limits and checks | issued by | since |"
         yield "|---|---|---|---|---|---|---|---|"
-        yield from _continuing(name, [r for r in found if r.status == "continues"])
+        yield from _continuing(name, told)
     for status, lead in (("never", "Never leave a continuation"), ("unknown", "Not known"), ("absent", "Absent")):
         rows = [r for r in found if r.status == status]
         if not rows:
@@ -98,7 +110,7 @@ def _continuing(name: str, rows: list[Row]) -> Iterator[str]:
         key = (
             operation,
             "; ".join(t for t in kept if t),
-            f"{r.unit or '-'}, {r.first}",
+            f"{r.unit or '-'}, {'-' if r.first is None else r.first}",
             "; ".join(t for t in limits if t),
             f"{r.guard}{caveats}",
         )
@@ -106,19 +118,21 @@ def _continuing(name: str, rows: list[Row]) -> Iterator[str]:
             alike.setdefault(key, {}).setdefault(caller, set()).update(release.expand(r.releases))
         if r.commit:
             commits.setdefault(key, []).append(f"`{r.commit[:12]}`")
-    lines = []
+    # Operations that are alike in everything share a line.
+    shared: dict[tuple[str, ...], list[str]] = {}
+    starts: dict[tuple[str, ...], int] = {}
     for content, by_caller in alike.items():
         same: dict[tuple[str, ...], list[str]] = {}
         for caller, versions in by_caller.items():
             same.setdefault(tuple(release.spans(versions)), []).append(caller)
         for spans, kinds in same.items():
-            first = order[spans[0].partition("..")[0]]
             since = " ".join(dict.fromkeys(commits.get(content, [])))
-            cells = (content[0], ", ".join(kinds), release.fold_text(release.expand(spans)), *content[1:], since)
-            lines.append((content[0], first, "| " + " | ".join(_cell(c) for c in cells) + " |"))
-    places = {operation: k for k, operation in enumerate(dict.fromkeys(line[0] for line in lines))}
-    for *_, line in sorted(lines, key=lambda x: (places[x[0]], x[1])):
-        yield line
+            cells = (", ".join(kinds), release.fold_text(release.expand(spans)), *content[1:], since)
+            shared.setdefault(cells, []).append(content[0])
+            starts[cells] = order[spans[0].partition("..")[0]]
+    places = {operation: k for k, operation in enumerate(dict.fromkeys(key[0] for key in alike))}
+    for cells, operations in sorted(shared.items(), key=lambda x: (places[x[1][0]], starts[x[0]])):
+        yield "| " + " | ".join(_cell(c) for c in (", ".join(operations), *cells)) + " |"
 
 
 def _where(rows: Iterable[Row]) -> str:
