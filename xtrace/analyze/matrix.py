@@ -13,9 +13,12 @@ from xtrace.analyze.compare import ISSUER, SEVERITY
 from xtrace.analyze.representatives import left_behind
 from xtrace.replay import facts
 from xtrace.replay.hypervisor import Hypervisor
+from xtrace.replay.states import States
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from xtrace.replay.hypervisor import Decoded
 
 __all__ = ("Cell", "matrix")
 
@@ -79,6 +82,35 @@ def _representative(source: str, target: str, caller: str, number: int) -> tuple
     return _class(source, caller, number), _class(target, caller, number)
 
 
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Everything that one hypercall may leave at a release behind one guard, in one go; ``unknown``: operations without facts."""
+
+    states: States | None
+    read: Decoded | None
+    unknown: str | None
+
+
+@cache
+def _left(caller: str, number: int, guard: str, source: str) -> _Batch:
+    call = facts.lookup(source, caller, number)
+    parts: list[tuple[States, States]] = []
+    unknown = None
+    for b in call.by_number.values():
+        if b.guard != guard:
+            continue
+        if b.codec == "unknown":
+            unknown = b.operation
+        for left in left_behind(source, caller, number, b, ISSUER[guard]):
+            rows = np.flatnonzero(left.own)
+            if len(rows):
+                parts.append((left.states.take(rows), left.issued.take(rows)))
+    if not parts:
+        return _Batch(None, None, unknown)
+    states, issued = (States.concat([p[k] for p in parts]) for k in (0, 1))
+    return _Batch(states, Hypervisor(source, caller).decode(number, states, issued), unknown)
+
+
 @cache
 def _worst(caller: str, number: int, guard: str, source: str, target: str) -> Cell:
     """Judge all continuations of one hypercall that issuers behind ``guard`` may leave."""
@@ -87,23 +119,17 @@ def _worst(caller: str, number: int, guard: str, source: str, target: str) -> Ce
         return Cell("unknown", call.name, None, caller)
     if call.status != "modelled":
         return _CLEAN
+    batch = _left(caller, number, guard, source)
     found = _CLEAN
-    for b in call.by_number.values():
-        if b.guard != guard or (b.codec == "none" and not b.specials):
-            continue
-        if b.codec == "unknown" or there.status == "unknown":
-            cell = Cell("unknown", call.name, b.operation if call.command else None, caller)
-            found = min(found, cell, key=_rank)
-            continue
-        for left in left_behind(source, caller, number, b, ISSUER[guard]):
-            rows = np.flatnonzero(left.own)
-            if not len(rows):
-                continue
-            v = outcomes.judge(
-                left.read.take(rows), Hypervisor(target, caller).resume(number, left.states.take(rows), ISSUER[guard])
-            )
-            for i in np.unique(v.outcome * 2 + v.harmless, return_index=True)[1]:
-                outcome = "resumes" if v.harmless[i] else outcomes.NAMES[v.outcome[i]]
-                cell = Cell(outcome, call.name, b.operation if call.command else None, caller, outcomes.ERRNOS[v.errno[i]])
-                found = min(found, cell, key=_rank)
+    if batch.unknown is not None:
+        found = Cell("unknown", call.name, batch.unknown if call.command else None, caller)
+    if batch.states is None or batch.read is None:
+        return found
+    if there.status == "unknown":
+        return Cell("unknown", call.name, None, caller)
+    v = outcomes.judge(batch.read, Hypervisor(target, caller).resume(number, batch.states, ISSUER[guard]))
+    for i in np.unique((v.outcome.astype(np.int16) << 1) | v.harmless, return_index=True)[1]:
+        outcome = "resumes" if v.harmless[i] else outcomes.NAMES[v.outcome[i]]
+        cell = Cell(outcome, call.name, batch.read.operation(int(i)), caller, outcomes.ERRNOS[v.errno[i]])
+        found = min(found, cell, key=_rank)
     return found

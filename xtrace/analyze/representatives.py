@@ -43,6 +43,7 @@ class Left:
     """What one operation left behind in n preemptions."""
 
     states: States
+    issued: States  # the calls as made (for a special form, which stands for any, the form itself)
     read: Decoded  # as the source reads them
     own: np.ndarray[tuple[int], np.dtype[np.bool_]]  # the source itself would go on with it
 
@@ -175,7 +176,7 @@ def _left(xen: Hypervisor, op: int, states: States, issued: States | None, issue
     verdict = outcomes.judge(read, xen.resume(op, states, issuer, issued))
     # Work held inside Xen goes on where it stopped as long as it is the same Xen, and so does what only a move refuses.
     still = np.array([b.codec in _STILL or b.refuses is not None for b in read.behaviours] + [False])[read.which]
-    return Left(states, read, (verdict.outcome == _RESUMES) | still | (read.special >= 0))
+    return Left(states, states if issued is None else issued, read, (verdict.outcome == _RESUMES) | still | (read.special >= 0))
 
 
 def fates(source: str, caller: str, op: int, b: Behaviour, target: str, issuer: str, total: int | None = None) -> list[Fate]:

@@ -23,6 +23,7 @@ __all__ = (
     "documents",
     "expand",
     "files",
+    "has_caller",
     "hypercall_names",
     "in_table",
     "interface_version",
@@ -149,6 +150,11 @@ def in_table(release: str, caller: str, number: int) -> bool | None:
     if release in _present().get((number, caller), frozenset()):
         return True
     return False if release in _tables().get(caller, frozenset()) else None
+
+
+def has_caller(release: str, caller: str) -> bool:
+    """Say whether a release has a hypercall table for a caller at all (PVHv1 went with 4.7, Arm came with 4.2)."""
+    return any(release in _tables().get(c, frozenset()) for c in (caller, f"{caller}_on_x86_32"))
 
 
 @cache

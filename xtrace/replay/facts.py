@@ -18,6 +18,7 @@ from xtrace.replay.factfiles import (
     covers,
     documents,
     files,
+    has_caller,
     hypercall_names,
     in_table,
     interface_version,
@@ -164,6 +165,8 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
         )
 
     if path is None:
+        if not has_caller(release, caller):
+            return answer("absent", f"there are no {caller} callers at {release}")
         if in_table(release, caller, number) is False:
             return answer("absent", f"{name} is not in the {caller} hypercall table of {release}")
         return answer("unknown", f"{name} is not modelled for {caller} at {release}")
@@ -393,7 +396,9 @@ def _other(release: str, caller: str, number: int, name: str) -> Hypercall:
     operations: set[int] | None = set()
     command = False
     there = in_table(release, caller, number)
-    if there is False:
+    if not has_caller(release, caller):
+        status, why = "absent", f"there are no {caller} callers at {release}"
+    elif there is False:
         status, why = "absent", f"{name} is not in the {caller} hypercall table of {release}"
     for row in load("never.toml").get("never", []):
         if not there or row["number"] != number or not covers(row, release, caller, {}):

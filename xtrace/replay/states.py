@@ -108,6 +108,17 @@ class States:
         return States(tuple(args), memory, self.cut)
 
     @classmethod
+    def concat(cls, parts: Sequence[States]) -> States:
+        """Put several groups of states after one another; a field that one of them has not is unknown there."""
+        fields = dict.fromkeys(name for p in parts for name in p.memory)
+
+        def join(columns: Sequence[Column]) -> Column:
+            return Column(np.concatenate([c.value for c in columns]), np.concatenate([c.known for c in columns]))
+
+        args = tuple(join([p.args[k] for p in parts]) for k in range(6))
+        return cls(args, {name: join([p.at(f"mem.{name}") for p in parts]) for name in fields})
+
+    @classmethod
     def of(cls, args: Sequence[Sequence[int | None]], memory: Mapping[str, Sequence[int | None]] | None = None) -> States:
         """Build states from Python rows: one sequence of up to six arguments for each state."""
         rows = [list(a) + [None] * (6 - len(a)) for a in args]

@@ -67,7 +67,7 @@ def command(
                     }
                 )
             continue
-        print(f"issued by {kind} ({', '.join(names)}); from the left to the top")
+        print(common.wrap(f"issued by {kind} ({', '.join(names)}); from the left to the top", "", "  "))
         width = max(len(r) for r in chosen)
         heads = [get(r).series for r in chosen]
         if len(set(heads)) != len(heads):
