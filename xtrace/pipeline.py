@@ -248,9 +248,11 @@ class _Run:
             item = Input(str(path), recording.format, recording.ledger, recording.observed, tsc_khz=khz)
             if not self._release(item, sidecar):
                 # Its header may stand anywhere in a text log, and every record helps to tell the era of a binary one.
-                for _ in recording.batches():
-                    pass
-                self._release_from(item)
+                seen = identify.Identifier(_told_callers(self.options, sidecar))
+                for batch in recording.batches():
+                    if recording.observed.release is None:
+                        seen.feed(batch)
+                self._release_from(item, seen)
                 recording = _recording(source, options)
                 item.ledger, item.observed = recording.ledger, recording.observed
             self.sources = item.sources
@@ -289,13 +291,13 @@ class _Run:
         self._chosen(item, chosen)
         return True
 
-    def _release_from(self, item: Input) -> None:
+    def _release_from(self, item: Input, seen: identify.Identifier) -> None:
         """Take the release from the trace's own header, else every one that its records leave possible."""
         if item.observed.release:
             item.source_origin = "the trace's own header"
             self._chosen(item, release.parse(item.observed.release))
             return
-        item.sources = _possible(item)
+        item.sources = _possible(item, seen)
         item.source_origin = f"record layout {item.observed.layout or 'of no era of its own'}"
         said = f"nothing says which release wrote {item.path}: judged for each of {release.fold_text(item.sources)}"
         self.assumptions[f"{said} ({item.source_origin})"] = None
@@ -479,11 +481,18 @@ def _with_khz(options: Options, khz: int | None) -> Options:
     return replace(options, tsc_khz=khz)
 
 
-def _possible(item: Input) -> tuple[str, ...]:
-    """Return the releases that the records of a trace leave possible."""
-    versions = identify.possible(item.observed.event_ids)
+def _told_callers(options: Options, sidecar: config.Sidecar | None) -> dict[int | None, str]:
+    """Return the callers that the user or the sidecar says, by domain (None: of all)."""
+    said = sidecar.domains.items() if sidecar is not None else ()
+    return {**{k: d.caller for k, d in said if d.caller}, **options.callers}
+
+
+def _possible(item: Input, seen: identify.Identifier) -> tuple[str, ...]:
+    """Return the releases that a trace leaves possible."""
+    found = seen.conclude(item.observed.event_ids, item.observed.forms, item.observed.peaks)
+    versions = found.left
     if not versions:
-        raise InputError(item.path, "its records contradict each other: no one release writes all of them", exit_bits=16)
+        raise InputError(item.path, found.contradiction(), exit_bits=16)
     # What no fact file speaks about cannot be judged at all; a source that is only possible is not worth an "unknown".
     return tuple(v for v in versions if v in facts.modelled_releases()) or versions
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from xtrace.cli import abi, analyze, decode, explain, ingest, replay, try_
+from xtrace.cli import abi, analyze, decode, explain, identify, ingest, replay, simulate, try_
 
 __all__ = ("app", "run")
 
@@ -44,7 +44,7 @@ def _main(
     pass
 
 
-for module in (analyze, ingest, replay, decode, try_, explain):
+for module in (analyze, ingest, replay, identify, decode, try_, simulate, explain):
     app.command(module.NAME)(module.command)
 app.add_typer(abi.app, name=abi.NAME)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -10,9 +11,9 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-    from typing import TextIO
+    from typing import BinaryIO, TextIO
 
-__all__ = ("Callers", "From", "HostInfo", "Output", "TscKhz", "opened", "parse_callers", "progress")
+__all__ = ("Callers", "From", "HostInfo", "Output", "TscKhz", "opened", "parse_callers", "progress", "whole")
 
 From = Annotated[str | None, typer.Option("--from", metavar="RELEASE", help="Xen release that wrote the trace.")]
 Callers = Annotated[
@@ -44,35 +45,46 @@ def parse_callers(values: list[str] | None) -> dict[int | None, str]:
     return out
 
 
+@contextmanager
+def whole(target: Path) -> Iterator[BinaryIO]:
+    """Yield a file for writing bytes that appears at ``target`` whole or not at all."""
+    import os
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as tmp:
+        unfinished = Path(tmp.name)
+        try:
+            yield cast("BinaryIO", tmp)
+            tmp.flush()
+            os.fsync(tmp.fileno())
+        except BaseException:
+            unfinished.unlink()
+            raise
+    mask = os.umask(0)
+    os.umask(mask)
+    unfinished.chmod(0o666 & ~mask)
+    unfinished.replace(target)
+
+
 def opened(path: str | None) -> AbstractContextManager[TextIO]:
     """Return standard output, or a file that appears whole or not at all."""
-    import os
+    import io
     import sys
-    import tempfile
-    from pathlib import Path
 
     @contextmanager
-    def whole(name: str) -> Iterator[TextIO]:
-        target = Path(name)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=target.parent, prefix=f".{target.name}.", delete=False) as tmp:
-            try:
-                yield cast("TextIO", tmp)
-                tmp.flush()
-                os.fsync(tmp.fileno())
-            except BaseException:
-                Path(tmp.name).unlink()
-                raise
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(tmp.name).chmod(0o666 & ~mask)
-        Path(tmp.name).replace(target)
+    def text(name: str) -> Iterator[TextIO]:
+        with whole(Path(name)) as raw:
+            out = io.TextIOWrapper(raw, encoding="utf-8")
+            yield out
+            out.flush()
+            out.detach()  # the file is closed by whom it belongs to
 
     @contextmanager
     def standard() -> Iterator[TextIO]:
         yield sys.stdout
         sys.stdout.flush()
 
-    return standard() if path is None or path == "-" else whole(path)
+    return standard() if path is None or path == "-" else text(path)
 
 
 @contextmanager

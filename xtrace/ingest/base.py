@@ -77,6 +77,10 @@ class Observed:
     domains: dict[int, Domain] = field(default_factory=dict)
     layout: str | None = None  # name of the record layout era
     event_ids: dict[int, int] = field(default_factory=dict)  # trace event id -> number of records
+    #: (trace event id, extra words, has a TSC) -> byte of the first record of that form
+    forms: dict[tuple[int, int, bool], int] = field(default_factory=dict)
+    #: (trace event id, extra word) -> largest value seen there, and the byte of the first record that holds it
+    peaks: dict[tuple[int, int], tuple[int, int]] = field(default_factory=dict)
     pcpus: int = 0
     first_tsc: int | None = None
     last_tsc: int | None = None

@@ -62,6 +62,7 @@ class Layout:
     names: Mapping[int, str]  # event id -> Xen's name, of the records listed
     evidence: tuple[tuple[frozenset[int], str, str], ...]  # ids, since, until
     dom_word: frozenset[int]  # ids of the era whose HVM records carry dom/vcpu
+    peaks: tuple[tuple[int, int, int], ...] = ()  # slot, event id, extra word: whose largest value is kept
 
     def era(self, ids: set[int]) -> str:
         """Name the range of releases that the event ids leave, such as ``4.3-4.22`` or ``3.2-3.3``."""
@@ -123,4 +124,7 @@ def load() -> Layout:
     codes[rows[_CPU_CHANGE >> 12] + (_CPU_CHANGE & 0xFFF)] = BAD
     evidence = tuple((frozenset(e["ids"]), e.get("since", ""), e.get("until", "")) for e in data["evidence"])
     dom_word = frozenset(event for e in data["evidence"] if e.get("dom_word") for event in e["ids"])
-    return Layout(rows, codes, needs, ids, shared, rows < shared, names, evidence, dom_word)
+    peaks = tuple(
+        (int(rows[p["id"] >> 12]) + (p["id"] & 0xFFF), p["id"], word) for p in data.get("peak", ()) for word in p["words"]
+    )
+    return Layout(rows, codes, needs, ids, shared, rows < shared, names, evidence, dom_word, peaks)

@@ -22,7 +22,7 @@ from xtrace.ingest.walk import BLOCK, PAD, walk
 from xtrace.ingest.windows import HEADER_BYTES, MAGIC, Cursor, WindowIndex, plausible, read_at, scan
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -90,6 +90,8 @@ class XentraceRecording:
         self._layout = load()
         self._counts = np.zeros(len(self._layout.codes), dtype=np.int64)
         self._others: dict[int, int] = {}
+        self._forms: dict[tuple[int, int], int] = {}  # slot, top four bits of the header -> byte of the first such record
+        self._peaks: dict[tuple[int, int], tuple[int, int]] = {}
         self._words = np.zeros(0, dtype=np.uint32)
         self._marks = np.zeros(0, dtype=np.bool_)
         self._index = WindowIndex()
@@ -173,7 +175,7 @@ class XentraceRecording:
             keep = self._damage(pos, code, count, offset, start, stop, broken)
             pos, head, slot, code = pos[keep], head[keep], slot[keep], code[keep]
         self._straddles(offset, size, start, end, stop, final, broken)
-        self._histogram(slot, head)
+        self._histogram(slot, head, pos, np.append(0, np.cumsum(count)), offset - start * 4)
         last = np.cumsum(pieces) - 1
         for i, (cursor, n) in enumerate(zip(cursors, pieces.tolist(), strict=True)):
             k = int(last[i])
@@ -298,14 +300,64 @@ class XentraceRecording:
 
     # --- what was seen ------------------------------------------------------------------------------------------
 
-    def _histogram(self, slot: NDArray[Any], head: NDArray[np.uint32]) -> None:
-        self._counts += np.bincount(slot, minlength=len(self._counts))
+    def _histogram(
+        self,
+        slot: NDArray[Any],
+        head: NDArray[np.uint32],
+        pos: NDArray[np.int64],
+        bounds: NDArray[np.int64],
+        shift: NDArray[np.int64],
+    ) -> None:
+        """Count records by event id and form; record ``pos`` of piece i begins at byte ``pos * 4 + shift[i]``."""
+        counts = np.bincount(slot, minlength=len(self._counts))
+        self._counts += counts
         shared = self._layout.shared
         if self._counts[shared:].any():
-            ids, counts = np.unique(head[slot >= shared] & 0xFFFFFFF, return_counts=True)
-            for event, n in zip(ids.tolist(), counts.tolist(), strict=True):
+            ids, others = np.unique(head[slot >= shared] & 0xFFFFFFF, return_counts=True)
+            for event, n in zip(ids.tolist(), others.tolist(), strict=True):
                 self._others[event] = self._others.get(event, 0) + n
             self._counts[shared:] = 0
+        present = np.flatnonzero(counts[:shared])
+        if not len(present):
+            return
+        first = int((pos[bounds[:-1][bounds[:-1] < bounds[1:]]] * 4 + shift[bounds[:-1] < bounds[1:]]).min())
+
+        def place(rows: NDArray[np.intp]) -> NDArray[np.int64]:
+            at: NDArray[np.int64] = pos[rows] * 4 + shift[np.searchsorted(bounds, rows, side="right") - 1]
+            return at
+
+        # Records of few ids make up a trace: numbered densely, id and form together fit a small table.
+        dense = np.zeros(len(self._counts), dtype=np.intp)
+        dense[present] = np.arange(16, 16 * len(present) + 16, 16)
+        form = dense.take(slot)
+        form += head >> 28
+        for value in np.flatnonzero(np.bincount(form)[16:]).tolist():
+            key = (int(present[value >> 4]), value & 15)
+            if self._forms.get(key, first + 1) > first:
+                self._forms[key] = min(int(place(np.flatnonzero(form == value + 16)).min()), self._forms.get(key, 1 << 62))
+        for watched, event, word in self._layout.peaks:
+            if counts[watched]:
+                self._peak(event, word, np.flatnonzero(slot == watched), head, pos, place)
+
+    def _peak(
+        self,
+        event: int,
+        word: int,
+        rows: NDArray[np.intp],
+        head: NDArray[np.uint32],
+        pos: NDArray[np.int64],
+        place: Callable[[NDArray[np.intp]], NDArray[np.int64]],
+    ) -> None:
+        """Keep the largest value that word ``word`` of some records holds."""
+        rows = rows[(head[rows] >> np.uint32(28) & np.uint32(7)) > word]
+        if not len(rows):
+            return
+        value = self._words.take(pos[rows] + 1 + (head[rows] >> np.uint32(31)) * 2 + word)
+        most = int(value.max())
+        old = self._peaks.get((event, word), (-1, 0))
+        if most >= old[0]:
+            at = int(place(rows[value == most]).min())
+            self._peaks[event, word] = (most, min(at, old[1]) if most == old[0] else at)
 
     def _count(self, counts: Tally) -> None:
         """Add emitted events to the ledger."""
@@ -322,8 +374,13 @@ class XentraceRecording:
         known = np.flatnonzero(self._counts)
         ids = dict(zip(self._layout.ids[known].tolist(), self._counts[known].tolist(), strict=True)) | self._others
         seen.event_ids = {event: int(n) for event, n in sorted(ids.items())}
+        ids_of = self._layout.ids
+        seen.forms = {(int(ids_of[s]), top & 7, top >= 8): at for (s, top), at in sorted(self._forms.items())}
+        seen.peaks = dict(sorted(self._peaks.items()))
         if self._index.count:
             seen.event_ids[MAGIC & 0xFFFFFFF] = self._index.count
+            head = min((offset for offset, _ in self._index.first), default=HEADER_BYTES) - HEADER_BYTES
+            seen.forms = {(MAGIC & 0xFFFFFFF, MAGIC >> 28 & 7, False): head} | seen.forms
         ledger.records = sum(seen.event_ids.values())
         seen.layout = self._layout.era(set(ids))
         seen.first_tsc, seen.last_tsc = self._pcpus.first_tsc, self._pcpus.last_tsc

@@ -49,6 +49,8 @@ class Guest:
         layout: name of the structure's layout in memory; None if it has but one.
         done: what was done so far, in order.
         shift: units by which Xen moved the operands on: what stands in them is a shorter call.
+        stops: places at which any handler stops: with an errno, or ``"progress"``: it returns how far it got (a frame that
+            is no longer the guest's, a list that ends in unmapped memory).
     """
 
     caller: str
@@ -62,6 +64,7 @@ class Guest:
     origin: dict[str, int] = field(default_factory=dict)
     done: list[Done] = field(default_factory=list)
     shift: int = 0
+    stops: dict[int, str] = field(default_factory=dict)
     number_left: int | None = None  # sub-operation number of the continuation, as the host that left it reads it
 
     @property

@@ -28,7 +28,8 @@ _PASSES = {
 class Entry:
     """What one execution of the hypercall instruction came to.
 
-    ``kind``: ``returned``, ``preempted`` (a continuation was left), ``refused`` (an errno, nothing done), ``unknown``.
+    ``kind``: ``returned``, ``preempted`` (a continuation was left), ``refused`` (an errno, nothing done), ``stopped`` (at one of
+    the guest's ``stops``, with its errno), ``unknown``.
     """
 
     host: int
@@ -119,6 +120,8 @@ class Host:
             b, number = None, word
         if b is None:
             e.errno, e.why = d.unmatched, "unmatched"
+            if not d.unmatched.startswith("-E"):
+                e.kind, e.errno, e.result = "returned", None, 0
         e.number = number
         return b
 
@@ -174,20 +177,27 @@ class Host:
             return e
         k = 0
         legal = None if stop is None else _where_it_looks(call, b, g, start, stop, len(todo))
+        e.kind = "returned"
         for place in todo:
             if legal is not None and k == legal:
                 self._leave(call, b, g, start, k)
                 e.kind, e.done, e.far_left = "preempted", k, _far(b, g)
                 g.number_left = b.number
                 return e
+            if place in g.stops:
+                if g.stops[place].startswith("-E"):
+                    e.kind, e.errno = "stopped", g.stops[place]
+                break
             g.done.append(Done(e.handler or b.operation, place, self.place))
             k += 1
-        e.kind, e.done = "returned", k
+        e.done = k
         self.inside.pop((call.number, b.operation), None)
-        e.result = start + k if b.max_total_result == "progress" else 0
+        _account(b, g, k)
+        if e.kind == "returned":
+            e.result = start + k if b.max_total_result == "progress" else 0
         return e
 
-    def _places(self, call: Hypercall, b: Behaviour, g: Guest) -> tuple[int, list[int]]:
+    def _places(self, call: Hypercall, b: Behaviour, g: Guest) -> tuple[int, range]:
         """Return how many units are taken for done, and the places in the call of those to do, in order."""
         p, far = b.params, _far(b, g)
         if b.codec in ("count_flag", "advanced"):
@@ -199,7 +209,7 @@ class Host:
             if p.get("count") is not None:
                 left = _count(b, g)
                 first = g.total - left if p.get("pointer") is None else first
-            return 0, list(range(first, first + left))
+            return 0, range(first, first + left)
         start = 0
         if b.codec == "hypervisor":
             start = self.inside.get((call.number, b.operation), 0)
@@ -208,10 +218,9 @@ class Host:
         # What stands in the structure may be the rest of a call whose operands were moved.
         whole = _total(b, g)
         end = g.total - g.shift if whole is None else whole
-        places = [g.shift + i for i in range(start, max(start, end))]
         if far:
-            return start, [g.shift + end - 1 - i for i in range(start, end)]
-        return start, places
+            return start, range(g.shift + end - 1 - start, g.shift - 1, -1)
+        return start, range(g.shift + start, g.shift + max(start, end))
 
     def _leave(self, call: Hypercall, b: Behaviour, g: Guest, start: int, k: int) -> None:
         """Write a continuation after ``k`` units of this entry."""
@@ -231,11 +240,8 @@ class Host:
             if p.get("count") is not None:
                 where = f"arg{p['count']}"
                 flag = int(p.get("flag", 0))
-                before = g.get(where)
-                g.put(where, ((before & ~flag) - k) | flag)
-                if p.get("done"):
-                    base = g.get(where_of(str(p["done"]))) if before & flag else 0
-                    g.put(where_of(str(p["done"])), base + k)
+                _account(b, g, k)
+                g.put(where, ((g.get(where) & ~flag) - k) | flag)
         elif b.codec == "guest_structure":
             if p.get("index"):
                 base = g.get(where_of(str(p["base"]))) if p.get("base") else 0
@@ -266,6 +272,13 @@ class Host:
             g.put(b.command_at, int(b.params["to_operation"]))
         if b.params.get("to_hypercall") is not None:
             g.number = int(b.params["to_hypercall"])
+
+
+def _account(b: Behaviour, g: Guest, k: int) -> None:
+    """Count ``k`` requests of this entry up in the field that tells how many are done (unsigned int), if there is one."""
+    if b.params.get("done"):
+        where = where_of(str(b.params["done"]))
+        g.put(where, ((g.get(where) if _flagged(b, g) else 0) + k) & MASK32)
 
 
 def _where_it_looks(call: Hypercall, b: Behaviour, g: Guest, start: int, stop: int, todo: int) -> int | None:

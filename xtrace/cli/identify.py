@@ -1,0 +1,142 @@
+"""``xtrace identify``: which releases a trace can come from, and what rules out the others."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+
+from xtrace.cli.options import Callers, Output, TscKhz
+
+if TYPE_CHECKING:
+    from xtrace.pipeline import Input
+    from xtrace.replay.identify import Identification
+
+NAME = "identify"
+
+_WIDTH = 80
+
+
+def command(
+    trace: Annotated[str, typer.Argument(metavar="TRACE", help="A trace; - is standard input.")],
+    caller: Callers = None,
+    tsc_khz: TscKhz = None,
+    format_: Annotated[str, typer.Option("--format", metavar="text|json", help="Form of the output.")] = "text",
+    output: Output = None,
+) -> int:
+    """Say which Xen releases a trace can come from, and which record rules out each of the others.
+
+    Exit status: 0 some release is left, 4 not the one that the trace itself names, 16 the trace contradicts itself or is
+    incomplete.
+    """
+    from xtrace import config
+    from xtrace.analyze.exposure import EXIT_INCOMPLETE, EXIT_REVIEW
+    from xtrace.cli import options as shared
+    from xtrace.errors import InputError, UsageError
+    from xtrace.report.common import clean
+
+    if format_ not in ("text", "json"):
+        raise UsageError(f"--format {format_}: there are text and json")
+    said = shared.parse_callers(caller)
+
+    from xtrace.pipeline import Input, Options, open_input
+    from xtrace.replay.identify import Identifier
+
+    sidecar = config.load_sidecar(trace)
+    if sidecar is not None:
+        said = {**{k: d.caller for k, d in sidecar.domains.items() if d.caller}, **said}
+    source, recording = open_input(trace, Options(callers=said, tsc_khz=tsc_khz))
+    seen = Identifier(said)
+    with source, shared.progress("reading") as tick:
+        for batch in recording.batches():
+            seen.feed(batch)
+            if tick is not None and len(batch):
+                tick(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
+    item = Input(trace, recording.format, recording.ledger, recording.observed)
+    observed = recording.observed
+    found = seen.conclude(observed.event_ids, observed.forms, observed.peaks)
+    fits = observed.release is None or _is_left(observed.release, found)
+    with shared.opened(output) as out:
+        (_text if format_ == "text" else _json)(item, found, fits, out)
+    for why in item.incomplete:
+        print(f"xtrace: {clean(trace)}: {why}", file=sys.stderr)
+    if not found.left:
+        raise InputError(trace, found.contradiction(), exit_bits=EXIT_INCOMPLETE)
+    return (EXIT_INCOMPLETE if item.incomplete else 0) | (0 if fits else EXIT_REVIEW)
+
+
+def _is_left(named: str, found: Identification) -> bool:
+    """Say whether what the trace itself names is left; a name that stands for no release is not."""
+    from xtrace import release
+    from xtrace.errors import UnknownRelease
+
+    try:
+        return any(release.base(r.version) in found.left for r in release.parse(named).releases)
+    except UnknownRelease:
+        return False
+
+
+def _text(item: Input, found: Identification, fits: bool, out: TextIO) -> None:
+    from xtrace import release
+    from xtrace.report.common import clean
+
+    def put(text: str, indent: int = 0) -> None:
+        for line in _fold(clean(text), indent):
+            print(line, file=out)
+
+    left = release.fold_text(found.left)
+    put(f"{item.path}: {left if found.left else 'no release is left'}", 2)
+    put(f"{len(found.left)} of the {len(found.known)} releases known are left; it was read as {item.format}.", 0)
+    if item.observed.release:
+        verdict = "which is among them" if fits else "which is not among them"
+        put(f"The trace itself names {item.observed.release}, {verdict}.")
+    if len(found.left) == len(found.known):
+        put("Nothing in it tells releases apart.")
+        return
+    print("\nRuled out:", file=out)
+    for gone, e in found.ruled_out():
+        put(f"  {release.fold_text(gone)}", 4)
+        put(f"      {e.place}: {e.what}; {e.why}", 8)
+
+
+def _fold(text: str, indent: int) -> list[str]:
+    import textwrap
+
+    lead = len(text) - len(text.lstrip())
+    return textwrap.wrap(
+        text.strip(), _WIDTH, initial_indent=" " * lead, subsequent_indent=" " * max(indent, lead),
+        break_on_hyphens=False, break_long_words=True,
+    )  # fmt: skip
+
+
+def _json(item: Input, found: Identification, fits: bool, out: TextIO) -> None:
+    import json
+
+    from xtrace import release
+    from xtrace.schema import SCHEMA_VERSION
+
+    document = {
+        "schema": SCHEMA_VERSION,
+        "trace": item.path,
+        "format": item.format,
+        "named": item.observed.release,
+        "named_is_left": fits if item.observed.release else None,
+        "left": list(found.left),
+        "left_folded": release.fold(found.left),
+        "ruled_out": [
+            {
+                "releases": list(gone),
+                "releases_folded": release.fold(gone),
+                "kind": e.kind,
+                "what": e.what,
+                "why": e.why,
+                "seq": e.seq,
+                "offset": e.offset,
+                "line": e.line,
+            }
+            for gone, e in found.ruled_out()
+        ],
+    }
+    json.dump(document, out, indent=2, ensure_ascii=False)
+    out.write("\n")
