@@ -295,3 +295,10 @@ def test_hostile_strings_do_not_reach_the_terminal(tmp_path: Path) -> None:
     path.write_text("xtrace: header release=4.4.4\nxtrace: hypercall tsc=1 dom=1 vcpu=0 caller=pv64 op=12 a0=0x41 wat\x1b[2J=1\n")
     done = xtrace("analyze", path)
     assert b"\x1b" not in done.stdout + done.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure() -> None:
+    command = f"{sys.executable} -m xtrace abi export | head -1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == b""

@@ -59,11 +59,14 @@ def run(args: list[str] | None = None) -> int:
     except XtraceError as exc:
         _say(str(exc))
         return exc.exit_bits
+    except SystemExit as exc:
+        # The command-line parser meets a broken pipe before we do, and calls it a failure.
+        if isinstance(exc.__context__, BrokenPipeError):
+            return _reader_went_away()
+        raise
     except Exception as exc:
         if isinstance(exc, BrokenPipeError):
-            # The reader went away (`| head`): nothing is wrong, and nothing more can be written.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
+            return _reader_went_away()
         status = _click_status(exc)
         if status is not None:
             return status
@@ -75,6 +78,12 @@ def run(args: list[str] | None = None) -> int:
         _say("interrupted")
         return 130
     return int(code) if isinstance(code, int) else 0
+
+
+def _reader_went_away() -> int:
+    """Nothing is wrong where the reader has seen enough (`| head`), and nothing more can be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _models(args: list[str]) -> list[str]:
