@@ -51,6 +51,7 @@ class Guest:
         shift: units by which Xen moved the operands on: what stands in them is a shorter call.
         stops: places at which any handler stops: with an errno, or ``"progress"``: it returns how far it got (a frame that
             is no longer the guest's, a list that ends in unmapped memory).
+        inside: it stands in an entry of a multicall.
     """
 
     caller: str
@@ -65,6 +66,7 @@ class Guest:
     done: list[Done] = field(default_factory=list)
     shift: int = 0
     stops: dict[int, str] = field(default_factory=dict)
+    inside: bool = False
     number_left: int | None = None  # sub-operation number of the continuation, as the host that left it reads it
 
     @property

@@ -87,6 +87,8 @@ class Host:
         refused = self._refused(call, b, g, e)
         if form is not None and not (refused and e.why == "before"):
             e.form, e.errno, e.kind, e.why = form, form.errno, "refused" if form.errno else "returned", "form"
+            if form.returns is not None:
+                e.result = ((g.get(form.returns) & MASK32) ^ 1 << 31) - (1 << 31)
             return e
         if refused:
             return e
@@ -241,7 +243,12 @@ class Host:
                 where = f"arg{p['count']}"
                 flag = int(p.get("flag", 0))
                 _account(b, g, k)
-                g.put(where, ((g.get(where) & ~flag) - k) | flag)
+                left = (g.get(where) & ~flag) - k
+                if g.inside and p.get("chunk"):
+                    # The 32-bit layer translates a list in chunks; in a multicall it writes what is left of the chunk only.
+                    chunk = int(p["chunk"])
+                    left = min(left, chunk - k % chunk)
+                g.put(where, left | flag)
         elif b.codec == "guest_structure":
             if p.get("index"):
                 base = g.get(where_of(str(p["base"]))) if p.get("base") else 0

@@ -81,6 +81,7 @@ class Special:
     issuers: tuple[str, ...]  # whom it applies to; empty: everybody
     cites: tuple[str, ...]
     match_min: tuple[tuple[str, int], ...] = ()
+    returns: str | None = None  # location of the value that it returns, as signed 32 bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from xtrace.replay.factfiles import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 
 __all__ = (
@@ -48,6 +48,7 @@ __all__ = (
     "modelled_releases",
     "operation_label",
     "operation_names",
+    "overlay",
     "override_dispatch",
     "raw",
 )
@@ -120,6 +121,16 @@ def operation_names(number: int) -> dict[int, str]:
     return out
 
 
+#: Versions that are no release: (caller, number) -> facts, by name (models.py).
+_OVERLAYS: dict[str, Callable[[str, int], Hypercall]] = {}
+
+
+def overlay(name: str, look: Callable[[str, int], Hypercall]) -> None:
+    """Let ``look`` answer for the version ``name``."""
+    _OVERLAYS[name] = look
+    lookup.cache_clear()
+
+
 @cache
 def lookup(release: str, caller: str, number: int) -> Hypercall:
     """Return the facts of hypercall ``number`` at ``release`` (a version such as ``4.4.1``) for ``caller``.
@@ -130,12 +141,8 @@ def lookup(release: str, caller: str, number: int) -> Hypercall:
         FactError: two entries speak about the same release, caller and operation.
     """
     name = hypercall_names().get(number, f"hypercall_{number}")
-    if releases_mod.is_model(release):
-        from xtrace.replay.models import registered
-
-        model = registered(release)
-        assert model is not None
-        return model.lookup(caller, number)
+    if release in _OVERLAYS:
+        return _OVERLAYS[release](caller, number)
     if "+" in release:
         return replace(lookup(releases_mod.facts_of(release, name), caller, number), release=release)
     if number & VIRIDIAN and caller in ("hvm64", "hvm32"):
@@ -301,6 +308,7 @@ def _behaviour(
             issuers=tuple(s.get("issuers", ())),
             cites=tuple(s.get("cite", ())),
             match_min=tuple(sorted((k, int(v)) for k, v in s.get("match_min", {}).items())),
+            returns=s.get("returns"),
         )
         for s in row.get("special", ())
     )

@@ -150,7 +150,7 @@ def load(path: str) -> Model:
     model = Model(name, chosen.releases[0].version, path, tuple(overrides))
     releases_mod.register(name, model.parent)
     _MODELS[name] = model
-    facts.lookup.cache_clear()
+    facts.overlay(name, model.lookup)
     # What it overrides must hold together for every caller that it speaks about: say so now, not in the middle of a report.
     numbers = {n: number for number, n in factfiles.hypercall_names().items()}
     for o in overrides:
