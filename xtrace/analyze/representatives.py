@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -156,6 +157,12 @@ def left_behind(source: str, caller: str, op: int, b: Behaviour, issuer: str, to
 
     A redirected operation leaves a continuation of another number, which is not judged here but there.
     """
+    return _left_behind(source, caller, op, b.number, issuer, total)
+
+
+@lru_cache(maxsize=256)  # one call is held against many targets; a hypercall has fewer operations than this
+def _left_behind(source: str, caller: str, op: int, number: int, issuer: str, total: int | None) -> list[Left]:
+    b = facts.lookup(source, caller, op).by_number[number]
     xen = Hypervisor(source, caller)
     out: list[Left] = []
     restarts = b.codec == "redirect" and bool(b.params.get("also_restarts"))
