@@ -7,7 +7,7 @@ its place in the call as issued.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 if TYPE_CHECKING:
     from xtrace.replay.behaviour import Behaviour, Check, Hypercall
@@ -24,9 +24,8 @@ _NARROW: Final = frozenset({"pv32", "hvm32", "arm32"})
 _POINTERS: Final = 0x1000_0000
 
 
-@dataclass(frozen=True, slots=True)
-class Done:
-    """One unit that was worked on: by which operation, its place in the call as issued, on which host."""
+class Done(NamedTuple):
+    """One unit that was worked on: by which operation, its place in the call as issued, on which host (quick to make: many)."""
 
     operation: str
     place: int

@@ -7,6 +7,7 @@ vectorised decoding, so that a verdict can be derived twice.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 from xtrace.machine.guest import MASK32, MASK64, Done, Guest, named, where_of
@@ -177,22 +178,19 @@ class Host:
             e.kind = "preempted"
             g.number_left, g.operation = self._left(g)
             return e
-        k = 0
         legal = None if stop is None else _where_it_looks(call, b, g, start, stop, len(todo))
-        e.kind = "returned"
-        for place in todo:
-            if legal is not None and k == legal:
-                self._leave(call, b, g, start, k)
-                e.kind, e.done, e.far_left = "preempted", k, _far(b, g)
-                g.number_left = b.number
-                return e
-            if place in g.stops:
-                if g.stops[place].startswith("-E"):
-                    e.kind, e.errno = "stopped", g.stops[place]
-                break
-            g.done.append(Done(e.handler or b.operation, place, self.place))
-            k += 1
+        blocked = next((k for k, place in enumerate(todo) if place in g.stops), None) if g.stops else None
+        k = min(n for n in (legal, blocked, len(todo)) if n is not None)
+        g.done += map(Done, repeat(e.handler or b.operation), todo[:k], repeat(self.place))
         e.done = k
+        if k == legal and k < len(todo):
+            self._leave(call, b, g, start, k)
+            e.kind, e.far_left = "preempted", _far(b, g)
+            g.number_left = b.number
+            return e
+        e.kind = "returned"
+        if k == blocked and g.stops[todo[k]].startswith("-E"):
+            e.kind, e.errno = "stopped", g.stops[todo[k]]
         self.inside.pop((call.number, b.operation), None)
         _account(b, g, k)
         if e.kind == "returned":
