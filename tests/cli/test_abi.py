@@ -135,6 +135,8 @@ def test_docs_page_is_current() -> None:
         (["show", "memory_op", "--format", "yaml"], 3, "there are text and json"),
         (["matrix", "--exposure", "nobody"], 3, "there are all, guest"),
         (["verify", "--xen-git", "/nowhere"], 1, "no such folder"),
+        (["verify", "--xen-git", str(ROOT)], 1, "none of Xen's release tags"),
+        (["verify", "--xen-git", str(ROOT), "--tag", "nowhere"], 1, "has no revision nowhere"),
     ],
 )
 def test_wrong_use_is_one_sentence(abi: Any, words: list[str], status: int, says: str) -> None:

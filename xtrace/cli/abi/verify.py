@@ -23,11 +23,17 @@ def command(
 
     Exit status: 0 all hold, 8 some do not.
     """
+    from xtrace.errors import InputError
+    from xtrace.release import releases
     from xtrace.replay.verify import verify
     from xtrace.replay.xentree import XenTree
 
     done = bad = 0
     with XenTree(xen_git) as tree:
+        if tag is not None and not tree.is_commit(tag):
+            raise InputError(xen_git, f"has no revision {tag}")
+        if not any(tree.is_commit(r.tag) for r in releases()):
+            raise InputError(xen_git, "holds none of Xen's release tags: fetch them (git fetch --tags)")
         for c in verify(tree, tag):
             done += 1
             if c.problem is not None:
