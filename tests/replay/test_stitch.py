@@ -60,7 +60,7 @@ def test_flags_prove(name: str, release: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "proved"), [("pv32-4.4.4", 71 + 82), ("pv32-4.22.0", 65 + 68)])
-def test_flags_prove_for_callers_not_modelled(name: str, proved: int) -> None:
+def test_flags_prove_for_32_bit_callers(name: str, proved: int) -> None:
     stitcher, _, _ = stitched(sample(f"{name}.xentrace"), name.split("-")[1], caller="pv32")
     assert stitcher.proved == proved
 

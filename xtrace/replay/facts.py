@@ -44,7 +44,6 @@ __all__ = (
     "files",
     "hypercall_names",
     "lookup",
-    "mark",
     "modelled_releases",
     "operation_label",
     "operation_names",
@@ -358,14 +357,6 @@ def _behaviour(
         guards_also=_guards_also(row),
         ident=ident,
     )
-
-
-@cache
-def mark(release: str, caller: str, number: int) -> tuple[int, int] | None:
-    """Return (argument, flag bit) that shows a continuation by itself where its encoding is not modelled; None without one."""
-    rows = (r for _, doc in documents(number) for r in doc.get("mark", []) if covers(r, release, caller, {}))
-    row = only(rows, f"abi: marks of hypercall {number}")
-    return None if row is None else (_argument(row["arg"]), int(row["flag"]))
 
 
 def _check(c: Mapping[str, Any], release: str) -> Check:

@@ -157,11 +157,6 @@ def marks(source: str, table: pl.DataFrame, wanted: Mask) -> Marks:
 def _mark(out: Marks, xen: Hypervisor, number: int, rows: Rows, part: pl.DataFrame) -> None:
     states = States.from_frame(part)
     read = xen.decode(number, states)
-    shown = facts.mark(xen.release, xen.caller, number) if read.hypercall.status == "unknown" else None
-    if shown is not None:
-        column = states.at(f"arg{shown[0]}")
-        out.marked[rows] = column.known & ((column.value & np.uint64(shown[1])) != 0)
-        return
     out.marked[rows] |= read.marked  # a number that only Xen issues is marked already
     out.number[rows] = read.number
     out.total[rows], out.totalled[rows] = read.total.value, read.total.known
