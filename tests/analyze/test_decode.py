@@ -225,3 +225,11 @@ def test_old_guest_table() -> None:
     assert (a["outcome"], a["harmless"], a["source_decode"]["home"]) == ("lost", True, "hypervisor")
     a = decode("--from", "4.3.0", "--to", "4.1.0", "--caller", "pv64", "mmu_update", "0", "0x80000000", "0", "0")
     assert (a["outcome"], a["errno"]) == ("refused", "-ESRCH")
+
+
+def test_what_a_release_does_to_its_own_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    from xtrace.cli.app import run
+
+    words = ["--from", "4.7.6", "--to", "4.8.0", "--caller", "arm64", "--issuer", "device_model"]
+    run(["decode", *words, "memory_op", "0x1015", "0x1000", "--mem", "nr=5000", "--mem", "op=0"])
+    assert "4.7.6 may mishandle its own" in capsys.readouterr().out

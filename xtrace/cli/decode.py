@@ -96,6 +96,8 @@ def _fields(values: list[str] | None, option: str) -> dict[str, str]:
 
 def _text(a: Mapping[str, Any], request: Any) -> None:
     from xtrace.analyze import rules
+    from xtrace.cli.abi import common
+    from xtrace.replay import facts
 
     def side(d: Mapping[str, Any]) -> str:
         name = d["subop"] or d["hypercall"]
@@ -117,6 +119,12 @@ def _text(a: Mapping[str, Any], request: Any) -> None:
     print(f"{a['outcome']}{harmless}{errno}: {a['text']}")
     print(f"  {a['source']:>8}  {side(a['source_decode'])}")
     print(f"  {a['target']:>8}  {side(a['target_decode'])}")
+    for release, read in ((a["source"], a["source_decode"]), (a["target"], a["target_decode"])):
+        call = facts.lookup(release, request.caller, request.op)
+        b = call.behaviour(read["subop"] or read["hypercall"])
+        if b is not None and b.breaks_own:
+            # What a release does wrong to its own continuations is told, as the outcome is that of a sound one.
+            print(common.wrap(f"{release} may mishandle its own: {b.breaks_own}", "  ", "    ", 120))
     if a["caveats"]:
         print(f"  caveats: {', '.join(a['caveats'])}")
     if a["code"]:
