@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from xtrace import release  # noqa: E402
-from xtrace.pipeline import Options, open_input  # noqa: E402
-from xtrace.replay.identify import Identification, Identifier  # noqa: E402
+from xtrace.pipeline import Options, identify_trace  # noqa: E402
 
 #: Folders of recordings; of one release each, or named SET-RELEASE.
 FOLDERS = ("bare", "eras", "dom0-4.17.7")
@@ -34,18 +33,6 @@ def captures() -> list[tuple[Path, str]]:
     return out
 
 
-def identify(path: Path, rows: int | None = None) -> Identification:
-    """Return what one recording leaves, fed in batches of ``rows``."""
-    source, recording = open_input(path, Options())
-    seen = Identifier()
-    with source:
-        for batch in recording.batches():
-            for part in batch.iter_slices(rows) if rows else (batch,):
-                seen.feed(part)
-    observed = recording.observed
-    return seen.conclude(observed.event_ids, observed.forms, observed.peaks)
-
-
 def main() -> int:
     """Print one line for each recording."""
     chosen = {Path(a).resolve() for a in sys.argv[1:]}
@@ -55,7 +42,7 @@ def main() -> int:
         if chosen and path not in chosen:
             continue
         start = time.perf_counter()
-        found = identify(path)
+        _, found = identify_trace(path, Options())
         seconds = time.perf_counter() - start
         kind = "xentrace" if ".xentrace" in path.name else "text"
         left.setdefault(kind, []).append(len(found.left))

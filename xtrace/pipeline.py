@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -25,7 +25,7 @@ from xtrace.schema import CALLERS, CALLS, CONTINUATIONS, FINDINGS
 if TYPE_CHECKING:
     import os
 
-__all__ = ("Input", "Options", "Replay", "Result", "SurfaceRow", "analyze", "events", "open_input", "replay")
+__all__ = ("Input", "Options", "Replay", "Result", "SurfaceRow", "analyze", "events", "identify_trace", "open_input", "replay")
 
 Progress = Callable[[int, int], None]
 
@@ -242,7 +242,7 @@ class _Run:
         """Read one input through to findings."""
         sidecar = config.load_sidecar(path)
         khz = self._khz(sidecar)
-        options = _with_khz(self.options, khz)
+        options = replace(self.options, tsc_khz=khz)
         with Source(path) as source:
             recording = _recording(source, options)
             item = Input(str(path), recording.format, recording.ledger, recording.observed, tsc_khz=khz)
@@ -475,10 +475,27 @@ def replay(path: str | os.PathLike[str], at: str, options: Options | None = None
     return Replay(str(path), release.get(at).version, options or Options())
 
 
-def _with_khz(options: Options, khz: int | None) -> Options:
-    from dataclasses import replace
+def identify_trace(path: str | os.PathLike[str], options: Options) -> tuple[Input, identify.Identification]:
+    """Read one trace for what it says about the release that wrote it.
 
-    return replace(options, tsc_khz=khz)
+    Args:
+        path: the trace; ``-`` is standard input.
+        options: callers, TSC frequency, size of batches and progress are taken from them.
+    """
+    callers = _told_callers(options, config.load_sidecar(path))
+    source, recording = open_input(path, replace(options, callers=callers))
+    seen = identify.Identifier(callers)
+    with source:
+        for batch in recording.batches():
+            seen.feed(batch)
+            if options.progress is not None and len(batch):
+                options.progress(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
+    item = Input(str(path), recording.format, recording.ledger, recording.observed)
+    return item, _concluded(item, seen)
+
+
+def _concluded(item: Input, seen: identify.Identifier) -> identify.Identification:
+    return seen.conclude(item.observed.event_ids, item.observed.forms, item.observed.peaks)
 
 
 def _told_callers(options: Options, sidecar: config.Sidecar | None) -> dict[int | None, str]:
@@ -489,7 +506,7 @@ def _told_callers(options: Options, sidecar: config.Sidecar | None) -> dict[int 
 
 def _possible(item: Input, seen: identify.Identifier) -> tuple[str, ...]:
     """Return the releases that a trace leaves possible."""
-    found = seen.conclude(item.observed.event_ids, item.observed.forms, item.observed.peaks)
+    found = _concluded(item, seen)
     versions = found.left
     if not versions:
         raise InputError(item.path, found.contradiction(), exit_bits=16)

@@ -28,9 +28,6 @@ __all__ = ("Step", "chain")
 
 _RESUMES = outcomes.CODE["resumes"]
 
-#: Codecs whose progress is an index of its own; the others count on from operands already moved.
-_ABSOLUTE = ("shifted_index", "masked_offset")
-
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -82,10 +79,8 @@ def _walk(
         driven: tuple[str, States, Decoded] | None = None
         for last, state, read in states:
             v = outcomes.judge(read, xen.resume(number, state, issuer))
-            seen: dict[str, int] = {}
-            for i in range(len(v.outcome)):
-                name = "resumes" if v.harmless[i] else outcomes.NAMES[v.outcome[i]]
-                seen[name] = seen.get(name, 0) + 1
+            codes, counts = np.unique(np.where(v.harmless, _RESUMES, v.outcome), return_counts=True)
+            seen = {outcomes.NAMES[c]: int(n) for c, n in zip(codes, counts, strict=True)}
             errnos = tuple(sorted({e for e in (outcomes.ERRNOS[c] for c in np.unique(v.errno)) if e}))
             out.append((last, host, seen, errnos))
             if last == states[-1][0]:
@@ -105,8 +100,8 @@ def _drive(xen: Hypervisor, number: int, host: str, states: States) -> tuple[str
         hit = read.which == k
         step = np.uint64(b.stride)
         more = read.remaining.known & (read.remaining.value > step) & hit & (read.special < 0)
-        absolute = b.codec in _ABSOLUTE or (b.codec == "guest_structure" and b.params.get("index") is not None)
-        base = read.index.value if absolute else np.zeros(len(states), np.uint64)
+        # Without an index of its own it counts on from operands already moved.
+        base = read.index.value if b.keeps_index else np.zeros(len(states), np.uint64)
         steps[more] = base[more] + step
         # With no more to do than one step it is as good as done: nothing is left to preempt.
         steps[hit & ~more] = base[hit & ~more]

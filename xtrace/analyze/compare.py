@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = (
     "ISSUER", "SEVERITY", "Change", "Difference", "as_dict", "breaks", "checks_text", "compare", "diff", "dispatch_text",
-    "encoding_text",
-    "limit_text", "specials_text", "worst",
+    "encoding_text", "limit_text", "severity", "specials_text",
 )  # fmt: skip
 
 #: Who issues an operation with a given guard, for judging: the least privileged that may.
@@ -64,9 +63,9 @@ def breaks(some: Iterable[Fate]) -> bool:
     return any(f.outcome in BREAKS and not (f.outcome == "restarts" and f.harmless) for f in some)
 
 
-def worst(some: Iterable[Fate]) -> Fate | None:
-    """Return the worst fate; a harmless one counts as a resume."""
-    return min(some, key=lambda f: SEVERITY.index("resumes" if f.harmless else f.outcome), default=None)
+def severity(outcome: str, *, harmless: bool = False) -> int:
+    """Return the place of an outcome among all, 0 the worst; a harmless one counts as a resume."""
+    return SEVERITY.index("resumes" if harmless else outcome)
 
 
 def _operations(call: Hypercall) -> dict[str, Behaviour]:

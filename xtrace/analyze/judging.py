@@ -134,11 +134,10 @@ def _passed(release: str, caller: str, number: int, states: States) -> States:
     dispatch = facts.lookup(release, caller, number).dispatch
     changes: dict[str, Column] = {}
     for check in dispatch.checks if dispatch is not None else ():
-        where = check.at if check.at.startswith(("arg", "mem.")) else f"mem.{check.at}"
-        column = states.at(where)
+        column = states.at(check.at)
         if check.equals is None or check.spares or column.known.all():
             continue
-        changes[where] = Column(np.where(column.known, column.value, np.uint64(check.equals)), np.ones(len(states), bool))
+        changes[check.at] = Column(np.where(column.known, column.value, np.uint64(check.equals)), np.ones(len(states), bool))
     return states.replace(changes) if changes else states
 
 

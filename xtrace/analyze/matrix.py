@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xtrace.analyze import outcomes
-from xtrace.analyze.compare import ISSUER, SEVERITY
+from xtrace.analyze.compare import ISSUER, severity
 from xtrace.analyze.representatives import left_behind
 from xtrace.replay import facts
 from xtrace.replay.hypervisor import Hypervisor
@@ -55,31 +55,24 @@ def matrix(
         for number in facts.files() if hypercalls is None else hypercalls:
             for s in sources:
                 for t in targets:
-                    cell = _worst(caller, number, guard, *_representative(s, t, caller, number))
+                    cell = _worst(caller, number, guard, _class(s, caller, number), _class(t, caller, number))
                     if _rank(cell) < _rank(out[s, t]):
                         out[s, t] = cell
     return out
 
 
 def _rank(cell: Cell) -> int:
-    return SEVERITY.index(cell.outcome)
+    return severity(cell.outcome)
+
+
+_SEEN: dict[tuple[str, int, str], str] = {}
 
 
 @cache
 def _class(release: str, caller: str, number: int) -> str:
-    """Return the first release that treats every continuation of a hypercall as this one does."""
-    return _first(facts.lookup(release, caller, number).fingerprint, release, caller, number)
-
-
-_SEEN: dict[object, str] = {}
-
-
-def _first(fingerprint: object, release: str, caller: str, number: int) -> str:
-    return _SEEN.setdefault((caller, number, repr(fingerprint)), release)
-
-
-def _representative(source: str, target: str, caller: str, number: int) -> tuple[str, str]:
-    return _class(source, caller, number), _class(target, caller, number)
+    """Return the first release met that treats every continuation of a hypercall as this one does."""
+    key = (caller, number, repr(facts.lookup(release, caller, number).fingerprint))
+    return _SEEN.setdefault(key, release)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,11 +112,6 @@ def _asked(d: Decoded) -> tuple[Any, ...]:
     return () if d.hypercall.dispatch is None else d.hypercall.dispatch.checks
 
 
-def _moves(b: Behaviour) -> bool:
-    """Say whether a behaviour keeps its progress in moved operands."""
-    return b.codec in ("advanced", "count_flag") or (b.codec == "guest_structure" and b.params.get("index") is None)
-
-
 def _inside(
     a: Behaviour, b: Behaviour, rows: npt.NDArray[np.intp], source: Decoded, t: Decoded, outcome: npt.NDArray[np.int8],
     harmless: npt.NDArray[np.bool_],
@@ -156,7 +151,7 @@ def _pair(
         hit = np.ones(n, bool) if a.codec == "hypervisor" else some
         outcome[hit] = CODE["lost" if effect == "lost" else "restarts"]
         harmless[hit] = bool(b.restart_harmless if b.restart_harmless is not None else effect == "redone")
-    elif b.codec == "restart" and _moves(a):
+    elif b.codec == "restart" and a.moves_operands:
         pass  # operands that were moved are moved for the target too: it finishes what is left
     elif a.codec == "restart" or b.codec == "restart":
         outcome[some] = CODE["restarts"] if a.codec != b.codec else CODE["resumes"]

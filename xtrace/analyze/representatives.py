@@ -11,7 +11,7 @@ import numpy as np
 from xtrace.analyze import outcomes
 from xtrace.replay import facts
 from xtrace.replay.hypervisor import Hypervisor
-from xtrace.replay.states import Column, States
+from xtrace.replay.states import Column, States, location
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -101,7 +101,7 @@ def calls(b: Behaviour, total: int | None = None, checks: Iterable[Check] = ()) 
     if b.command_at is not None:
         changes[b.command_at] = Column.full(n, b.number)
     if b.inner is not None and kinds != [None]:
-        changes[_at(b.inner)] = Column(np.array([k for _, _, k, _ in rows], np.uint64), known)
+        changes[location(b.inner)] = Column(np.array([k for _, _, k, _ in rows], np.uint64), known)
     for condition in b.orders:  # "mem.A > mem.B and …": A just above B, or below it
         above, _, below, *_ = condition.split()
         changes[below] = Column.full(n, 0x1000)
@@ -112,13 +112,13 @@ def calls(b: Behaviour, total: int | None = None, checks: Iterable[Check] = ()) 
         # Where the field names the last unit, counted from the base.
         changes[b.total] = Column(t + np.uint64(_BASE - 1) if b.params.get("total_is") == "last" else t, known)
     for name in b.params.get("advance", {}):
-        changes.setdefault(_at(name), Column.full(n, 0x1000))
+        changes.setdefault(location(name), Column.full(n, 0x1000))
     for name, step in b.params.get("reduce", {}).items():
-        changes.setdefault(_at(name), Column(t * np.uint64(step), known))
+        changes.setdefault(location(name), Column(t * np.uint64(step), known))
     if b.params.get("base"):
-        changes.setdefault(_at(str(b.params["base"])), Column.full(n, _BASE))
+        changes.setdefault(location(str(b.params["base"])), Column.full(n, _BASE))
     if b.params.get("done"):
-        changes[_at(str(b.params["done"]))] = Column.full(n, 0)
+        changes[location(str(b.params["done"]))] = Column.full(n, 0)
     return states.replace(changes), p
 
 
@@ -126,7 +126,7 @@ def _bounds(checks: Iterable[Check]) -> dict[str, tuple[int, int]]:
     """Return for each location the least and greatest value that passes every test made on a first entry."""
     out: dict[str, tuple[int, int]] = {}
     for check in checks:
-        where = _at(check.at)
+        where = location(check.at)
         if check.resumed_only or (check.equals, check.minimum, check.maximum) == (None, None, None):
             continue
         low, high = out.get(where, (0, _MANY))
@@ -136,9 +136,9 @@ def _bounds(checks: Iterable[Check]) -> dict[str, tuple[int, int]]:
         high = min(high, check.maximum if check.maximum is not None else _MANY)
         out[where] = (low, high)
     for check in checks:
-        low, high = out.get(_at(check.at), (0, 0))
+        low, high = out.get(location(check.at), (0, 0))
         if check.not_equals is not None and check.not_equals in (low, high) and low < high:
-            out[_at(check.at)] = (low + (low == check.not_equals), high - (high == check.not_equals))
+            out[location(check.at)] = (low + (low == check.not_equals), high - (high == check.not_equals))
     # No upper bound: the least will do.
     return {where: (low, low if high == _MANY else high) for where, (low, high) in out.items()}
 
@@ -232,7 +232,3 @@ def _onward(source: str, caller: str, op: int, b: Behaviour) -> list[tuple[int, 
     to = b.params.get("to_operation")
     there = facts.lookup(source, caller, number).by_number
     return [(number, k) for n, k in there.items() if (to is None or n == to) and k.codec not in ("none", "redirect")]
-
-
-def _at(name: str) -> str:
-    return name if name.startswith(("arg", "mem.")) else f"mem.{name}"

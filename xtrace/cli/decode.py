@@ -96,7 +96,7 @@ def _fields(values: list[str] | None, option: str) -> dict[str, str]:
 
 def _text(a: Mapping[str, Any], request: Any) -> None:
     from xtrace.analyze import rules
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
     from xtrace.replay import facts
 
     def side(d: Mapping[str, Any]) -> str:

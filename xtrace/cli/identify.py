@@ -30,7 +30,6 @@ def command(
     Exit status: 0 some release is left, 4 not the one that the trace itself names, 16 the trace contradicts itself or is
     incomplete.
     """
-    from xtrace import config
     from xtrace.analyze.exposure import EXIT_INCOMPLETE, EXIT_REVIEW
     from xtrace.cli import options as shared
     from xtrace.errors import InputError, UsageError
@@ -40,22 +39,11 @@ def command(
         raise UsageError(f"--format {format_}: there are text and json")
     said = shared.parse_callers(caller)
 
-    from xtrace.pipeline import Input, Options, open_input
-    from xtrace.replay.identify import Identifier
+    from xtrace.pipeline import Options, identify_trace
 
-    sidecar = config.load_sidecar(trace)
-    if sidecar is not None:
-        said = {**{k: d.caller for k, d in sidecar.domains.items() if d.caller}, **said}
-    source, recording = open_input(trace, Options(callers=said, tsc_khz=tsc_khz))
-    seen = Identifier(said)
-    with source, shared.progress("reading") as tick:
-        for batch in recording.batches():
-            seen.feed(batch)
-            if tick is not None and len(batch):
-                tick(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
-    item = Input(trace, recording.format, recording.ledger, recording.observed)
-    observed = recording.observed
-    found = seen.conclude(observed.event_ids, observed.forms, observed.peaks)
+    with shared.progress("reading") as tick:
+        item, found = identify_trace(trace, Options(callers=said, tsc_khz=tsc_khz, progress=tick))
+    observed = item.observed
     fits = observed.release is None or _is_left(observed.release, found)
     with shared.opened(output) as out:
         (_text if format_ == "text" else _json)(item, found, fits, out)

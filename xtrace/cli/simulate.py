@@ -31,7 +31,7 @@ def command(
 
     With --migrate-to the trace of the second host is written too, named after its release.
     """
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
     from xtrace.cli.options import whole
     from xtrace.errors import InputError, UsageError
     from xtrace.machine import truth as truths

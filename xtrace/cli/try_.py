@@ -48,7 +48,7 @@ def command(
     """
     from xtrace.analyze.compare import ISSUER
     from xtrace.analyze.single import hypercall_number
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
     from xtrace.errors import UsageError
     from xtrace.machine.guest import issue
     from xtrace.machine.journey import travel, verdict
@@ -146,7 +146,7 @@ def _text(
 ) -> None:  # fmt: skip
     import textwrap
 
-    from xtrace.cli.abi.common import wrap
+    from xtrace.cli.common import wrap
 
     unit = behaviour.unit or "units"
     title = name if behaviour.operation == name else f"{name} {behaviour.operation}"

@@ -133,6 +133,18 @@ class Behaviour:
     ident: tuple[Any, ...] = field(compare=False, repr=False, default=())
 
     @property
+    def keeps_index(self) -> bool:
+        """Whether progress is an index of its own, counted from the call as issued."""
+        return self.codec in ("shifted_index", "masked_offset") or (
+            self.codec == "guest_structure" and self.params.get("index") is not None
+        )
+
+    @property
+    def moves_operands(self) -> bool:
+        """Whether progress stands in the operands: what is left is a shorter call."""
+        return self.codec in ("advanced", "count_flag") or (self.codec == "guest_structure" and not self.keeps_index)
+
+    @property
     def encoding(self) -> tuple[Any, ...]:
         """What two behaviours must share for a continuation of one to be read alike by the other."""
         p = self.params

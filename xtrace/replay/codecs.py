@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from xtrace.errors import FactError
-from xtrace.replay.states import LOW32, Column
+from xtrace.replay.states import LOW32, Column, location
 
 if TYPE_CHECKING:
     from xtrace.replay.behaviour import Behaviour
@@ -128,7 +128,7 @@ class CountFlag:
         # An unflagged call is a first one, whatever its done-count holds.
         progress = Column(np.zeros(n, np.uint64), reg.known & ~marked)
         if b.params.get("done"):
-            done = s.at(_location(b.params["done"]))
+            done = s.at(location(b.params["done"]))
             progress = _or(progress, Column(done.value, done.known & marked))
         total = _plus(progress, remaining)
         if issued is not None:
@@ -144,7 +144,7 @@ class CountFlag:
         left = out[where]
         out[where] = Column((left.value & ~flag) | flag, left.known)
         if b.params.get("done"):
-            done = _location(b.params["done"])
+            done = location(b.params["done"])
             before, count = issued.at(done), issued.at(where)
             # A call that is a continuation itself counts on from what was done before.
             base = np.where((count.value & flag) != 0, before.value, np.uint64(0))
@@ -187,10 +187,10 @@ class GuestStructure:
         n = len(s)
         total = _total(b, s)
         if b.params.get("index"):
-            index = s.at(_location(b.params["index"]))
+            index = s.at(location(b.params["index"]))
             if b.params.get("base"):
                 # 0 stands for "from the base", anything else is a position (opaque of XENMEM_sharing_op).
-                base = s.at(_location(b.params["base"]))
+                base = s.at(location(b.params["base"]))
                 if b.params.get("total_is") == "last":
                     # The field names the last unit, not how many there are.
                     span = _minus(total, base)
@@ -201,10 +201,10 @@ class GuestStructure:
         progress = Column.unknown(n)
         if issued is not None:
             for name, step in b.params.get("advance", {}).items():
-                moved = _minus(s.at(_location(name)), issued.at(_location(name)))
+                moved = _minus(s.at(location(name)), issued.at(location(name)))
                 progress = _or(progress, Column(moved.value // np.uint64(step), moved.known))
             for name, step in b.params.get("reduce", {}).items():
-                moved = _minus(issued.at(_location(name)), s.at(_location(name)))
+                moved = _minus(issued.at(location(name)), s.at(location(name)))
                 progress = _or(progress, Column(moved.value // np.uint64(step), moved.known))
         marked = progress.known & (progress.value != 0)
         return Progress(Column.full(n, 0), progress, total, _plus(total, progress), marked)
@@ -213,16 +213,16 @@ class GuestStructure:
         if b.params.get("index"):
             known, at = np.ones(len(progress), bool), progress
             if b.params.get("base"):
-                base = issued.at(_location(b.params["base"]))
+                base = issued.at(location(b.params["base"]))
                 known, at = base.known, base.value + progress
-            return {_location(b.params["index"]): Column(at, known)}
+            return {location(b.params["index"]): Column(at, known)}
         out: dict[str, Column] = {}
         for name, step in b.params.get("advance", {}).items():
-            col = issued.at(_location(name))
-            out[_location(name)] = Column(col.value + progress * np.uint64(step), col.known)
+            col = issued.at(location(name))
+            out[location(name)] = Column(col.value + progress * np.uint64(step), col.known)
         for name, step in b.params.get("reduce", {}).items():
-            col = issued.at(_location(name))
-            out[_location(name)] = Column(col.value - progress * np.uint64(step), col.known)
+            col = issued.at(location(name))
+            out[location(name)] = Column(col.value - progress * np.uint64(step), col.known)
         return out
 
 
@@ -250,10 +250,6 @@ class Redirect(Unchanged):
         if to is None or b.command_at is None:
             return {}
         return {b.command_at: Column.full(len(progress), int(to))}
-
-
-def _location(name: str) -> str:
-    return name if name.startswith(("arg", "mem.")) else f"mem.{name}"
 
 
 def _count(b: Behaviour, s: States) -> Column:

@@ -357,7 +357,7 @@ def _idle(b: Behaviour, s: States) -> Mask:
 
 def _fails(c: Check, s: States) -> Mask:
     """Return the rows of which it is known that they fail a test."""
-    column = s.at(c.at if c.at.startswith(("arg", "mem.")) else f"mem.{c.at}")
+    column = s.at(c.at)
     value = column.value & np.uint64(0xFFFFFFFF) if c.width == 32 else column.value
     bad = np.zeros(len(s), bool)
     if c.maximum is not None:
@@ -407,7 +407,7 @@ def _before_dispatch(d: Dispatch, at: str, s: States, read: Decoded, issuer: str
         out.append((d.guard_errno, np.ones(len(s), bool), no))
     for c in d.checks:
         made = ~np.isin(read.number, np.array(c.spares, np.int64))
-        known = s.at(c.at if c.at.startswith(("arg", "mem.")) else f"mem.{c.at}").known
+        known = s.at(c.at).known
         out.append((c.errno, _fails(c, s) & made, ~known & made))
     if d.command_bits is not None:
         word = s.at(at)
@@ -434,7 +434,7 @@ def _checks(
     index = read.index.take(rows)
     resumed = read.marked[rows] | (index.known & (index.value != 0))
     for c in b.checks:
-        known = s.at(c.at if c.at.startswith(("arg", "mem.")) else f"mem.{c.at}").known
+        known = s.at(c.at).known
         live = resumed if c.resumed_only else np.ones(n, bool)
         out.append((c.errno, _fails(c, s) & live, ~known & live, True))
     if b.refuses is not None:

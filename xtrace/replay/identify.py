@@ -134,7 +134,7 @@ class Identifier:
 
 
 def _known() -> tuple[str, ...]:
-    return tuple(r.version for r in release.releases() if not release.is_model(r.version))
+    return tuple(r.version for r in release.releases())
 
 
 def possible(event_ids: Iterable[int]) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ def _mark(out: Marks, xen: Hypervisor, number: int, rows: Rows, part: pl.DataFra
         hit = read.which == k
         at = rows[hit]
         kind = _CLASS.get(b.codec, 0)
-        absolute = kind == _ABSOLUTE and (b.codec != "guest_structure" or b.params.get("index") is not None)
+        absolute = b.keeps_index
         if kind == 0 or (kind == _ABSOLUTE and not absolute):
             continue
         out.kind[at] = kind

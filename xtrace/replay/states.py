@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     U64 = npt.NDArray[np.uint64]
     Mask = npt.NDArray[np.bool_]
 
-__all__ = ("Column", "States", "nullable")
+__all__ = ("Column", "States", "location", "nullable")
 
 LOW32 = np.uint64(0xFFFFFFFF)
 
@@ -33,6 +33,11 @@ def nullable(name: str, values: npt.NDArray[Any], known: Mask) -> pl.Series:
     import pyarrow as pa
 
     return pl.Series(name, pl.from_arrow(pa.array(values, mask=~known)))
+
+
+def location(name: str) -> str:
+    """Return a location with its ``mem.``, which the fact files may leave out."""
+    return name if name.startswith(("arg", "mem.")) else f"mem.{name}"
 
 
 @dataclass(frozen=True, slots=True)

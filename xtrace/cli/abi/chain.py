@@ -22,7 +22,7 @@ def command(
     """
     from xtrace.analyze.chain import chain
     from xtrace.analyze.exposure import BREAKS
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
     from xtrace.errors import UsageError
 
     form = common.choose_format(format_)

@@ -22,7 +22,7 @@ def command(
     from xtrace.analyze.compare import as_dict, breaks, diff
     from xtrace.analyze.lint import lint
     from xtrace.analyze.single import hypercall_number
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
     from xtrace.cli.abi.diff import show
     from xtrace.replay.models import load, registered
     from xtrace.schema import CALLERS

@@ -26,7 +26,7 @@ def command(
     a device model or the control domain issues, or something is not known.
     """
     from xtrace.analyze.compare import as_dict, breaks, diff
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
 
     form = common.choose_format(format_)
     here, there = common.one_release(a, "A:"), common.one_release(b, "B:")
@@ -46,7 +46,7 @@ def command(
 
 def show(a: str, b: str, changes: list[Change]) -> None:
     """Print changes, what is alike together."""
-    from xtrace.cli.abi.common import fate_text, wrap
+    from xtrace.cli.common import fate_text, wrap
 
     groups: dict[tuple[object, ...], list[Change]] = {}
     for c in changes:

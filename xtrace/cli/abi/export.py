@@ -20,7 +20,7 @@ def command(
     from dataclasses import asdict
 
     from xtrace.analyze.table import rows
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
 
     form = common.choose_format(format_, ("json", "jsonl", "csv", "markdown"))
     found = rows(common.hypercalls(hypercall), common.callers(caller) if caller else None)

@@ -39,7 +39,7 @@ def command(
     """
     from xtrace.analyze.compare import ISSUER
     from xtrace.analyze.matrix import matrix
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
     from xtrace.errors import UsageError
     from xtrace.release import get
 

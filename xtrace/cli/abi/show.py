@@ -22,7 +22,7 @@ def command(
     """Show how one release keeps the progress of a hypercall's operations, what it checks, and who may issue them."""
     from xtrace import release
     from xtrace.analyze.single import hypercall_number
-    from xtrace.cli.abi import common
+    from xtrace.cli import common
     from xtrace.replay import facts
 
     form = common.choose_format(format_)

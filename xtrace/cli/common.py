@@ -1,4 +1,4 @@
-"""What the ``abi`` commands share: reading releases, callers and hypercalls from options."""
+"""What several commands share: reading releases, callers and hypercalls from options, and lines that fit a terminal."""
 
 from __future__ import annotations
 
@@ -97,13 +97,10 @@ def wrap(text: str, first: str, rest: str, width: int = 80) -> str:
 
 def fate_text(some: Iterable[Fate]) -> str:
     """Return the outcomes of representatives, the worst first, with the errno that must follow."""
-    from xtrace.analyze.compare import SEVERITY
-
-    def rank(f: Fate) -> int:
-        return SEVERITY.index("resumes" if f.harmless else f.outcome)
+    from xtrace.analyze.compare import severity
 
     parts: dict[str, None] = {}
-    for f in sorted(some, key=rank):
+    for f in sorted(some, key=lambda f: severity(f.outcome, harmless=f.harmless)):
         text = f.outcome + (" (harmless)" if f.harmless else "") + (f" {f.errno}" if f.errno else "")
         parts[text] = None
     return ", ".join(parts) or "leaves none"
