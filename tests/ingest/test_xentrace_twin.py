@@ -15,6 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from xtrace import schema
+from xtrace.errors import InputError
+from xtrace.ingest import source as source_module
 from xtrace.ingest import walk as walk_module
 from xtrace.ingest import windows as windows_module
 from xtrace.ingest.base import ReadOptions
@@ -134,14 +136,28 @@ def test_whole_streams(data: bytes, chunk: int, block: int, rows: int) -> None:
     check(data, chunk, block, rows)
 
 
+def raw(data: bytes) -> bool:
+    """Say whether the reader sees the bytes as they are: what begins like a compressed file is opened as one."""
+    return bool(data) and not data.startswith(tuple(source_module._MAGIC))
+
+
+@pytest.mark.parametrize("magic", source_module._MAGIC)
+def test_what_only_begins_like_a_compressed_file(magic: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.write_bytes(magic + b"\x00" * 7)
+    with pytest.raises(InputError, match="stream is damaged or cut") as caught, Source(path) as source:
+        source.file.read()
+    assert caught.value.exit_bits == 16
+
+
 @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=damaged().filter(bool), **sizes)
+@given(data=damaged().filter(raw), **sizes)
 def test_damaged_streams(data: bytes, chunk: int, block: int, rows: int) -> None:
     check(data, chunk, block, rows)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(data=damaged().filter(bool), **sizes)
+@given(data=damaged().filter(raw), **sizes)
 def test_small_blocks_of_the_first_pass(data: bytes, chunk: int, block: int, rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows_module, "_DENSE", 1)
