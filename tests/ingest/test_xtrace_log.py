@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from xtrace import schema
 from xtrace.ingest import xtrace_log
 from xtrace.ingest.base import Domain, ReadOptions
+from xtrace.ingest.hypercalls import HYPERCALLS
+from xtrace.ingest.lines import MAX_LINE
 from xtrace.ingest.source import Source
-from xtrace.ingest.xtrace_log import HYPERCALLS, MAX_LINE, READER
+from xtrace.ingest.xtrace_log import READER
 
 DOC = Path(__file__).parents[2] / "docs" / "xtrace-log.md"
 

@@ -32,7 +32,8 @@ import polars as pl
 
 from xtrace import schema
 from xtrace.ingest.base import Domain, Ledger, Observed, ReadOptions
-from xtrace.ingest.xtrace_log import LineBlock, block_bytes, line_blocks, magnitudes, nanoseconds
+from xtrace.ingest.clock import nanoseconds
+from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks, magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,7 +26,8 @@ import polars as pl
 
 from xtrace import schema
 from xtrace.ingest.base import Ledger, Observed, ReadOptions
-from xtrace.ingest.xtrace_log import Clock, LineBlock, block_bytes, line_blocks, magnitudes, nanoseconds
+from xtrace.ingest.clock import Clock, nanoseconds
+from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks, magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

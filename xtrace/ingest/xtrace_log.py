@@ -5,9 +5,6 @@ stands in docs/xtrace-log.md. Whatever precedes the marker on a line is skipped,
 
 Rows keep the order of the file. Within a pCPU that is time order; a console or a trace buffer that mixes pCPUs writes
 them nearly in order, and nothing here waits for a record that may still come, so that memory stays bounded.
-
-The block-wise line splitter (`line_blocks`), the number parser (`magnitudes`) and the clock (`Clock`) serve the other
-text readers too.
 """
 
 from __future__ import annotations
@@ -21,78 +18,18 @@ import polars as pl
 
 from xtrace import schema
 from xtrace.ingest.base import Domain, Ledger, Observed, ReadOptions
+from xtrace.ingest.clock import Clock, nanoseconds
+from xtrace.ingest.hypercalls import HYPERCALLS
+from xtrace.ingest.lines import MAX_LINE, LineBlock, block_bytes, line_blocks, magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from typing import IO
 
     from numpy.typing import NDArray
 
     from xtrace.ingest.source import Source
 
-__all__ = (
-    "HYPERCALLS",
-    "MAX_LINE",
-    "READER",
-    "Clock",
-    "LineBlock",
-    "block_bytes",
-    "line_blocks",
-    "magnitudes",
-    "nanoseconds",
-)
-
-#: A longer line (bytes, without its newline) is skipped whole: no record is, and memory stays bounded.
-MAX_LINE: Final = 1 << 16
-
-#: ``__HYPERVISOR_*`` of xen/include/public/xen.h (RELEASE-4.22.0 and 3.4.0-rc3 agree on every name they share), and the
-#: older name that header lists. Names of hypercalls only: what a release does with them is not this room's business.
-HYPERCALLS: Final[dict[str, int]] = {
-    "set_trap_table": 0,
-    "mmu_update": 1,
-    "set_gdt": 2,
-    "stack_switch": 3,
-    "set_callbacks": 4,
-    "fpu_taskswitch": 5,
-    "sched_op_compat": 6,
-    "platform_op": 7,
-    "dom0_op": 7,
-    "set_debugreg": 8,
-    "get_debugreg": 9,
-    "update_descriptor": 10,
-    "memory_op": 12,
-    "multicall": 13,
-    "update_va_mapping": 14,
-    "set_timer_op": 15,
-    "event_channel_op_compat": 16,
-    "xen_version": 17,
-    "console_io": 18,
-    "physdev_op_compat": 19,
-    "grant_table_op": 20,
-    "vm_assist": 21,
-    "update_va_mapping_otherdomain": 22,
-    "iret": 23,
-    "vcpu_op": 24,
-    "set_segment_base": 25,
-    "mmuext_op": 26,
-    "xsm_op": 27,
-    "nmi_op": 28,
-    "sched_op": 29,
-    "callback_op": 30,
-    "xenoprof_op": 31,
-    "event_channel_op": 32,
-    "physdev_op": 33,
-    "hvm_op": 34,
-    "sysctl": 35,
-    "domctl": 36,
-    "kexec_op": 37,
-    "tmem_op": 38,
-    "argo_op": 39,
-    "xenpmu_op": 40,
-    "dm_op": 41,
-    "hypfs_op": 42,
-    **{f"arch_{n}": 48 + n for n in range(8)},
-}
+__all__ = ("READER",)
 
 # The number before the marker must not be part of a longer word: "myxtrace:", "a.xtrace:" and "/xtrace:" are not it.
 _BEFORE: Final = r"(?:^|[^A-Za-z0-9_.\-/])"
@@ -139,162 +76,7 @@ _CALLER_ID: Final = {name: i for i, name in enumerate(schema.CALLERS)}
 _HVM: Final = ("hvm64", "hvm32", "pvh64")
 _NARROW: Final = ("pv32", "hvm32", "arm32")
 
-#: How many groups of one clock are remembered; later ones share one. No machine has as many vCPUs.
-_MAX_CLOCKS: Final = 1 << 20
-_SHARED_CLOCK: Final = _U64
 _MAX_NOTED_KEYS: Final = 256
-
-
-@dataclass(slots=True)
-class LineBlock:
-    """Some whole lines of a text input, in order.
-
-    Attributes:
-        text: String series of n lines without their newline; bytes that are not UTF-8 are replaced by U+FFFD.
-        offset: uint64[n], byte of each line's first byte in the decompressed stream.
-        line: uint64[n], line numbers from 1.
-        size: uint64[n], length of each line in bytes, without its newline.
-        cut: the last line is the last of the input and has no newline.
-        long: (offset, line, bytes) of lines of more than `MAX_LINE` bytes; they are not in ``text``.
-    """
-
-    text: pl.Series
-    offset: NDArray[np.uint64]
-    line: NDArray[np.uint64]
-    size: NDArray[np.uint64]
-    cut: bool
-    long: list[tuple[int, int, int]]
-
-
-def block_bytes(options: ReadOptions) -> int:
-    """Return how many bytes to read at once for about ``batch_rows`` records."""
-    return min(1 << 22, max(64, options.batch_rows * 128))
-
-
-def line_blocks(file: IO[bytes], size: int) -> Iterator[LineBlock]:
-    """Split ``file`` into blocks of whole lines, reading ``size`` bytes at a time.
-
-    Which lines come out, and their places, does not depend on ``size``. At most ``size`` plus `MAX_LINE`
-    bytes of the input are held, whatever the length of a line.
-
-    Args:
-        file: a binary file, read from its start.
-        size: bytes to read at once.
-
-    Yields:
-        Blocks of at least one line, or of long lines only.
-    """
-    at = 0  # several passes may take turns on one file, so each keeps its own place
-    held = b""  # an unfinished line
-    base = 0  # byte offset of held
-    number = 1  # line number of held
-    dropping = False  # held began a line that is too long; base stays at its start
-    dropped = 0
-    while True:
-        file.seek(at)
-        data = file.read(size)
-        if not data:
-            break
-        at += len(data)
-        long: list[tuple[int, int, int]] = []
-        if dropping:
-            end = data.find(b"\n")
-            if end < 0:
-                dropped += len(data)
-                continue
-            long.append((base, number, dropped + end))
-            base, number, dropping = base + dropped + end + 1, number + 1, False
-            data = data[end + 1 :]
-        data = held + data
-        held = data[data.rfind(b"\n") + 1 :]
-        whole = data[: len(data) - len(held)]
-        yield _block(whole, base, number, long=long, cut=False)
-        base, number = base + len(whole), number + whole.count(b"\n")
-        if len(held) > MAX_LINE:
-            dropping, dropped, held = True, len(held), b""
-    if dropping:
-        yield _block(b"", base, number, long=[(base, number, dropped)], cut=False)
-    elif held:
-        yield _block(held + b"\n", base, number, long=[], cut=True)
-
-
-def _block(raw: bytes, base: int, number: int, *, long: list[tuple[int, int, int]], cut: bool) -> LineBlock:
-    ends = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == 0x0A).astype(np.uint64)
-    starts = np.zeros_like(ends)
-    starts[1:] = ends[:-1] + np.uint64(1)
-    sizes = ends - starts
-    offsets = starts + np.uint64(base)
-    lines = np.arange(number, number + len(ends), dtype=np.uint64)
-    text = raw[:-1].decode("utf-8", "replace")  # never swallows a newline, so the lines stay those of raw
-    series = pl.Series("text", [text], dtype=pl.String).str.split("\n").explode() if raw else _no_text()
-    fits = sizes <= MAX_LINE
-    if not fits.all():
-        long.extend((int(offsets[i]), int(lines[i]), int(sizes[i])) for i in np.flatnonzero(~fits))
-        series, offsets, lines, sizes = series.filter(pl.Series(fits)), offsets[fits], lines[fits], sizes[fits]
-    return LineBlock(series, offsets, lines, sizes, cut, long)
-
-
-def _no_text() -> pl.Series:
-    return pl.Series("text", [], dtype=pl.String)
-
-
-def magnitudes(text: pl.Expr) -> pl.Expr:
-    """Read decimal (up to 20 digits) and ``0x`` hex (up to 16 digits) numbers; null for anything else or above 64 bits.
-
-    Args:
-        text: String expression, without sign.
-
-    Returns:
-        UInt64 expression.
-    """
-    return (
-        pl.when(text.str.contains(_HEX))
-        .then(text.str.slice(2).str.to_integer(base=16, dtype=pl.UInt64, strict=False))
-        .when(text.str.contains(_DEC))
-        .then(text.cast(pl.UInt64, strict=False))
-    )
-
-
-class Clock:
-    """Carries the TSC and the segment of each group of records (a pCPU, or a vCPU) from block to block."""
-
-    def __init__(self) -> None:
-        """Start with no group seen."""
-        self._last = pl.DataFrame(schema={"group": pl.UInt64, "last": pl.UInt64, "base": pl.UInt32})
-
-    def advance(self, group: pl.Series, tsc: pl.Series) -> tuple[pl.Series, pl.Series]:
-        """Fill and segment the TSCs of the next rows.
-
-        Args:
-            group: UInt64[n], which clock each row follows.
-            tsc: UInt64[n], null where the record has none.
-
-        Returns:
-            UInt64[n] with nulls filled from the row of that group before (null while there is none), and UInt32[n]
-            segments, raised by one where the TSC is below the group's previous one.
-        """
-        frame = pl.DataFrame({"group": self._bounded(group), "tsc": tsc})
-        frame = (
-            frame.join(self._last, on="group", how="left", maintain_order="left")
-            .with_columns(tsc=pl.coalesce(pl.col("tsc").forward_fill().over("group"), "last"))
-            .with_columns(before=pl.coalesce(pl.col("tsc").shift(1).over("group"), "last"))
-            .with_columns(step=(pl.col("tsc") < pl.col("before")).fill_null(value=False).cast(pl.UInt32))
-            .with_columns(segment=(pl.col("step").cum_sum().over("group") + pl.col("base").fill_null(0)).cast(pl.UInt32))
-        )
-        now = frame.select("group", last="tsc", base="segment")
-        self._last = pl.concat([self._last, now]).unique("group", keep="last", maintain_order=True)
-        return frame["tsc"], frame["segment"]
-
-    def _bounded(self, group: pl.Series) -> pl.Series:
-        seen = self._last["group"]
-        if len(seen) + len(group) <= _MAX_CLOCKS:
-            return group
-        fresh = group.unique(maintain_order=True)
-        fresh = fresh.filter(~fresh.is_in(seen.implode()))
-        late = fresh.slice(max(0, _MAX_CLOCKS - len(seen)))
-        return group.to_frame("g").select(
-            pl.when(pl.col("g").is_in(late.implode())).then(pl.lit(_SHARED_CLOCK, pl.UInt64)).otherwise("g").alias("g")
-        )["g"]
 
 
 class _Log:
@@ -665,24 +447,6 @@ class _Log:
         if len(known):
             observed.first_tsc = known[0] if observed.first_tsc is None else observed.first_tsc
             observed.last_tsc = known[-1]
-
-
-def nanoseconds(tsc: NDArray[np.uint64], khz: NDArray[np.uint64], known: NDArray[np.bool_]) -> pl.Series:
-    """Turn TSCs into nanoseconds since TSC 0.
-
-    Args:
-        tsc: uint64[n].
-        khz: uint64[n], ticks a millisecond, 0 = unknown, below 2**34.
-        known: bool[n], whether there is a TSC.
-
-    Returns:
-        Int64[n], null where unknown or beyond 63 bits.
-    """
-    rate = np.where(khz == 0, np.uint64(1), khz)
-    ms, rest = tsc // rate, tsc % rate
-    fits = known & (khz != 0) & (ms < np.uint64((1 << 63) // 10**6))
-    ns = np.where(fits, ms, 0) * np.uint64(10**6) + rest * np.uint64(10**6) // rate
-    return pl.select(pl.when(pl.Series(fits)).then(pl.Series(ns)).cast(pl.Int64, strict=False)).to_series()
 
 
 @dataclass(slots=True)
