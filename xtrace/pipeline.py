@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import polars as pl
 
 from xtrace import config, release
@@ -19,6 +20,7 @@ from xtrace.ingest.source import Source
 from xtrace.replay import facts, identify
 from xtrace.replay.account import Account
 from xtrace.replay.callers import CallerFill
+from xtrace.replay.losses import Losses
 from xtrace.replay.stitch import Stitcher
 from xtrace.schema import CALLERS, CALLS, CONTINUATIONS, FINDINGS
 
@@ -46,6 +48,7 @@ class Options:
         batch_rows: events handled at once; never changes a result.
         keep_calls: keep the table of logical calls (memory grows with the trace).
         progress: called with (bytes done, bytes in all) while reading.
+        input_format: format of the inputs (``registry.names()``); None: by content.
     """
 
     source: str | None = None
@@ -56,6 +59,7 @@ class Options:
     batch_rows: int = 1 << 18
     keep_calls: bool = False
     progress: Progress | None = None
+    input_format: str | None = None
 
 
 @dataclass(slots=True)
@@ -70,6 +74,7 @@ class Input:
     sources: tuple[str, ...] = ()
     tsc_khz: int | None = None
     domains: dict[int | None, tuple[str | None, str | None]] = field(default_factory=dict)  # caller, role
+    losses: Losses = field(default_factory=Losses)
 
     @property
     def entries(self) -> int:
@@ -174,7 +179,7 @@ def open_input(path: str | os.PathLike[str], options: Options) -> tuple[Source, 
 
 def _recording(source: Source, options: Options) -> Recording:
     """Begin to read a source, from its first byte; a source may be read several times."""
-    recording = registry.detect(source).open(source, ReadOptions(options.batch_rows, options.tsc_khz))
+    recording = registry.detect(source, options.input_format).open(source, ReadOptions(options.batch_rows, options.tsc_khz))
     if source.damage:
         recording.ledger.truncated = True
         recording.ledger.problem(source.damage, offset=source.size)
@@ -340,14 +345,16 @@ class _Run:
         context = findings.Context(item.sources, self.targets.versions, self.targets.rollback, self.roles)
         # Judged once everything is read: what the input says of its domains may stand at its end.
         found = FrameStore(CONTINUATIONS)
+        item.losses.intervals = self.options.keep_calls
         for batch in recording.batches():
+            item.losses.feed(batch)
             stitched = stitcher.feed(fill.fill(batch))
             self.seen.append(surface.collect(stitched.entries, index))
             if len(self.seen) > 64:
                 self.seen = [surface.merge(self.seen)]
             found.add(stitched.continuations)
             if self.options.keep_calls:
-                self.tables.append(_call_rows(stitched.entries))
+                self.tables.append(_call_rows(stitched.entries, index))
             if self.options.progress is not None and len(batch):
                 self.options.progress(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
         self._heard(item, recording.observed)
@@ -372,7 +379,7 @@ class _Run:
         rows = [self._surface(row) for row in seen.iter_rows(named=True)]
         calls = None
         if self.options.keep_calls:
-            calls = _calls(self.tables)
+            calls = _calls(self.tables, [item.losses for item in self.inputs])
         return Result(
             self.inputs, self.sources, self.targets, self.tally, rows, self._blind(rows), list(self.assumptions),
             list(self.notes), self.calls, self.proved, self.inferred, self.store, calls,
@@ -514,17 +521,26 @@ def _possible(item: Input, seen: identify.Identifier) -> tuple[str, ...]:
     return tuple(v for v in versions if v in facts.modelled_releases()) or versions
 
 
-def _call_rows(entries: pl.DataFrame) -> pl.DataFrame:
-    return entries.filter(pl.col("call").is_not_null() & (pl.col("kind") != "subcall")).select(
-        "call", "seq", "offset", "line", "tsc", "domid", "vcpu", "caller", "op", "kind", "reentry", "result"
-    )
+def _call_rows(entries: pl.DataFrame, index: int) -> pl.DataFrame:
+    return entries.filter(pl.col("kind") != "subcall").select(
+        "call", "seq", "offset", "line", "tsc", "domid", "vcpu", "caller", "op", "kind", "reentry", "result", "pcpu",
+        input=pl.lit(index),
+    )  # fmt: skip
 
 
-def _calls(parts: list[pl.DataFrame]) -> pl.DataFrame:
-    """Fold the rows of each call into one."""
+def _calls(parts: list[pl.DataFrame], losses: Sequence[Losses]) -> pl.DataFrame:
+    """Fold the rows of each call into one. A call whose window, up to its vCPU's next event, overlaps a loss is inferred."""
     if not parts:
         return pl.DataFrame(schema=CALLS)
-    rows = pl.concat(parts)
+    who = pl.struct("input", "domid", "vcpu", pl.when(pl.any_horizontal(pl.col("domid", "vcpu").is_null())).then("pcpu"))
+    rows = pl.concat(parts).with_columns(next=pl.col("tsc").shift(-1).over(who))
+    hit = pl.Series("lossy", np.zeros(len(rows), bool))
+    for index, lost in enumerate(losses):
+        mine = rows.select(pl.col("input") == index).to_series()
+        begin = rows.get_column("tsc").fill_null(0).to_numpy()
+        end = rows.get_column("next").fill_null((1 << 64) - 1).to_numpy()
+        hit |= mine & pl.Series(lost.overlaps(begin, end))
+    rows = rows.with_columns(hit.alias("lossy")).filter(pl.col("call").is_not_null())
     entry = pl.col("kind").is_in(["hypercall", "vmmcall"])
     return (
         rows.group_by("call", maintain_order=True)
@@ -535,7 +551,10 @@ def _calls(parts: list[pl.DataFrame]) -> pl.DataFrame:
             entry.sum().cast(pl.UInt32).alias("entries"),
             (pl.col("kind") == "sample").sum().cast(pl.UInt32).alias("samples"),
             pl.col("result").filter(pl.col("kind") == "return").last(),
-            pl.when(pl.col("reentry").any()).then(pl.lit("inferred")).otherwise(pl.lit("proved")).alias("evidence"),
+            pl.when((pl.col("reentry") | pl.col("lossy")).any())
+            .then(pl.lit("inferred"))
+            .otherwise(pl.lit("proved"))
+            .alias("evidence"),
         )
         .cast({"evidence": CALLS["evidence"]})
         .select(CALLS.names())

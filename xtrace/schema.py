@@ -106,7 +106,7 @@ EVENTS: Final = pl.Schema(
         "caller": _CALLER,
         "kind": _KIND,
         "op": pl.UInt32(),  # hypercall number; for schedule/suspend/resume/lost: the trace event's own number
-        "arg0": pl.UInt64(),
+        "arg0": pl.UInt64(),  # lost events: the TSC at which dropping began
         "arg1": pl.UInt64(),
         "arg2": pl.UInt64(),
         "arg3": pl.UInt64(),

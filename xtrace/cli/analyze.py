@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xtrace.cli.options import Callers, From, HostInfo, Output, TscKhz
+from xtrace.cli.options import Callers, From, HostInfo, InputFormat, Output, TscKhz
 
 NAME = "analyze"
 
@@ -24,6 +24,7 @@ def command(
     ] = None,
     caller: Callers = None,
     tsc_khz: TscKhz = None,
+    input_format: InputFormat = None,
     host_info: HostInfo = None,
     format_: Annotated[str, typer.Option("--format", metavar="text|json|jsonl", help="Form of the report.")] = "text",
     output: Output = None,
@@ -37,6 +38,7 @@ def command(
     Exit status, a mask: 0 clean, 1 cannot be read, 3 wrong use, 4 review, 8 a break, 16 the trace is incomplete.
     """
     from xtrace.cli import options as shared
+    from xtrace.cli.common import announce
     from xtrace.errors import UsageError
 
     keep = _keep(fail_on)
@@ -52,16 +54,14 @@ def command(
             traces,
             Options(
                 source=source, targets=tuple(to or ()), callers=callers, tsc_khz=tsc_khz, host_info=host_info,
+                input_format=input_format,
                 progress=tick,
             ),
         )  # fmt: skip
     for error in result.failed:
         print(f"xtrace: {common.clean(str(error))}", file=sys.stderr)
     for item in result.inputs:
-        print(f"xtrace: {common.clean(_read_as(item))}", file=sys.stderr)
-        for problem in item.ledger.problems[:3]:
-            where = f"line {problem.line}" if problem.line is not None else f"byte {problem.offset}"
-            print(f"xtrace: {common.clean(item.path)}: {where}: {common.clean(problem.text)}", file=sys.stderr)
+        announce(item)
     if result.inputs:
         with shared.opened(output) as out:
             if format_ == "text":
@@ -82,16 +82,3 @@ def _keep(fail_on: str) -> int:
             raise UsageError(f"--fail-on {fail_on}: there are {', '.join(_BITS)}")
         bits |= _BITS[word.strip()]
     return bits
-
-
-def _read_as(item: object) -> str:
-    from xtrace.pipeline import Input
-
-    assert isinstance(item, Input)
-    ledger = item.ledger
-    parts = [f"{ledger.records:,} records", f"{ledger.hypercalls:,} hypercalls"]
-    for name in ("subcalls", "vmmcalls", "samples", "lost_records"):
-        n = getattr(ledger, name)
-        if n:
-            parts.append(f"{n:,} {name.replace('_', ' ')}")
-    return f"{item.path}: read as {item.format}, {', '.join(parts)}"

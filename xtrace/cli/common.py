@@ -9,8 +9,23 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from xtrace.analyze.representatives import Fate
+    from xtrace.pipeline import Input
 
-__all__ = ("callers", "choose_format", "fate_text", "hypercalls", "newest_points", "one_release", "wrap")
+__all__ = ("announce", "callers", "choose_format", "fate_text", "hypercalls", "newest_points", "one_release", "wrap")
+
+
+def announce(item: Input, problems: int = 3) -> None:
+    """Say on standard error how an input was read, the first problems in it, and which plug-ins could not be used."""
+    from xtrace.ingest import registry
+    from xtrace.report.common import clean
+    from xtrace.report.ledger import read_as
+
+    for name, why in registry.skipped().items():
+        print(f"xtrace: plug-in reader {clean(name)} skipped: {clean(why)}", file=sys.stderr)
+    print(f"xtrace: {clean(read_as(item))}", file=sys.stderr)
+    for p in item.ledger.problems[:problems]:
+        where = f"line {p.line}" if p.line is not None else f"byte {p.offset}"
+        print(f"xtrace: {clean(item.path)}: {where}: {clean(p.text)}", file=sys.stderr)
 
 
 def one_release(text: str, what: str) -> str:

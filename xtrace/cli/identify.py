@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from xtrace.cli.options import Callers, Output, TscKhz
+from xtrace.cli.options import Callers, InputFormat, Output, TscKhz
 
 if TYPE_CHECKING:
     from xtrace.pipeline import Input
@@ -22,6 +22,7 @@ def command(
     trace: Annotated[str, typer.Argument(metavar="TRACE", help="A trace; - is standard input.")],
     caller: Callers = None,
     tsc_khz: TscKhz = None,
+    input_format: InputFormat = None,
     format_: Annotated[str, typer.Option("--format", metavar="text|json", help="Form of the output.")] = "text",
     output: Output = None,
 ) -> int:
@@ -32,6 +33,7 @@ def command(
     """
     from xtrace.analyze.exposure import EXIT_INCOMPLETE, EXIT_REVIEW
     from xtrace.cli import options as shared
+    from xtrace.cli.common import announce
     from xtrace.errors import InputError, UsageError
     from xtrace.report.common import clean
 
@@ -42,11 +44,13 @@ def command(
     from xtrace.pipeline import Options, identify_trace
 
     with shared.progress("reading") as tick:
-        item, found = identify_trace(trace, Options(callers=said, tsc_khz=tsc_khz, progress=tick))
+        item, found = identify_trace(trace, Options(callers=said, tsc_khz=tsc_khz, progress=tick, input_format=input_format))
     observed = item.observed
     fits = observed.release is None or _is_left(observed.release, found)
     with shared.opened(output) as out:
         (_text if format_ == "text" else _json)(item, found, fits, out)
+    if found.left:
+        announce(item)
     for why in item.incomplete:
         print(f"xtrace: {clean(trace)}: {why}", file=sys.stderr)
     if not found.left:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
-from xtrace.cli.options import TscKhz
+from xtrace.cli.options import InputFormat, TscKhz
 
 NAME = "ingest"
 
@@ -18,12 +17,12 @@ def command(
         str, typer.Option("--output", "-o", metavar="FILE", help="events.parquet, .arrow or .csv; the ending decides.")
     ],
     tsc_khz: TscKhz = None,
+    input_format: InputFormat = None,
 ) -> int:
     """Read a trace and write its events as Parquet, Arrow IPC or CSV."""
     from xtrace import config
     from xtrace.analyze.exposure import EXIT_INCOMPLETE
     from xtrace.errors import UsageError
-    from xtrace.report.common import clean
     from xtrace.report.tables import writer
 
     if tsc_khz is None and (sidecar := config.load_sidecar(trace)) is not None:
@@ -31,23 +30,16 @@ def command(
     if not output.endswith((".parquet", ".arrow", ".csv")):
         raise UsageError(f"-o {output}: the name must end with .parquet, .arrow or .csv")
 
+    from xtrace.cli.common import announce
     from xtrace.cli.options import progress
     from xtrace.pipeline import Input, Options, open_input
 
-    source, recording = open_input(trace, Options(tsc_khz=tsc_khz))
+    source, recording = open_input(trace, Options(tsc_khz=tsc_khz, input_format=input_format))
     with source, progress("reading") as tick, writer(output) as put:
         for batch in recording.batches():
             put(batch)
             if tick is not None and len(batch):
                 tick(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
     item = Input(trace, recording.format, recording.ledger, recording.observed)
-    ledger = recording.ledger
-    print(
-        f"xtrace: {clean(trace)}: read as {recording.format}, {ledger.records:,} records, {ledger.hypercalls:,} hypercalls, "
-        f"{ledger.subcalls:,} sub-calls, {ledger.vmmcalls:,} vmmcalls",
-        file=sys.stderr,
-    )
-    for p in ledger.problems:
-        where = f"line {p.line}" if p.line is not None else f"byte {p.offset}"
-        print(f"xtrace: {clean(trace)}: {where}: {clean(p.text)}", file=sys.stderr)
+    announce(item, problems=20)
     return EXIT_INCOMPLETE if item.incomplete else 0

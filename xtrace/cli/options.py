@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import BinaryIO, TextIO
 
-__all__ = ("Callers", "From", "HostInfo", "Output", "TscKhz", "opened", "parse_callers", "progress", "whole")
+__all__ = ("Callers", "From", "HostInfo", "InputFormat", "Output", "TscKhz", "opened", "parse_callers", "progress", "whole")
 
 From = Annotated[str | None, typer.Option("--from", metavar="RELEASE", help="Xen release that wrote the trace.")]
 Callers = Annotated[
@@ -22,6 +22,12 @@ Callers = Annotated[
 ]
 TscKhz = Annotated[int | None, typer.Option("--tsc-khz", metavar="N", min=1, help="TSC frequency of the host.")]
 HostInfo = Annotated[str | None, typer.Option("--host-info", metavar="FILE", help="Text of 'xl info' or 'xl dmesg'.")]
+InputFormat = Annotated[
+    str | None,
+    typer.Option(
+        "--input-format", metavar="NAME", help="Read the input as this format (see 'xtrace formats'); default: by content."
+    ),
+]
 Output = Annotated[str | None, typer.Option("--output", "-o", metavar="FILE", help="Write there instead of stdout.")]
 
 

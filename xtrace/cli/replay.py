@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from xtrace.cli.options import Callers, Output, TscKhz
+from xtrace.cli.options import Callers, InputFormat, Output, TscKhz
 
 NAME = "replay"
 
@@ -17,6 +17,7 @@ def command(
     at: Annotated[str, typer.Option("--at", metavar="RELEASE", help="The release that replays it.")],
     caller: Callers = None,
     tsc_khz: TscKhz = None,
+    input_format: InputFormat = None,
     format_: Annotated[str, typer.Option("--format", metavar="text|jsonl", help="Form of the output.")] = "text",
     output: Output = None,
 ) -> int:
@@ -26,6 +27,7 @@ def command(
     """
     from xtrace import release
     from xtrace.cli import options as shared
+    from xtrace.cli.common import announce
     from xtrace.errors import UsageError
     from xtrace.report.common import clean
 
@@ -41,10 +43,16 @@ def command(
     from xtrace.report import account
 
     with shared.opened(output) as out:
-        run = replay(trace, chosen.releases[0].version, Options(callers=shared.parse_callers(caller), tsc_khz=tsc_khz))
+        run = replay(
+            trace,
+            chosen.releases[0].version,
+            Options(callers=shared.parse_callers(caller), tsc_khz=tsc_khz, input_format=input_format),
+        )
         for batch in run.batches():
             (account.write_text if format_ == "text" else account.write_jsonl)(batch, out)
         out.flush()
+    if run.input is not None:
+        announce(run.input)
     for line in account.closing(run):
         print(f"xtrace: {clean(line)}", file=sys.stderr)
     return run.bits

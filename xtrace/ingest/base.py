@@ -47,9 +47,12 @@ class Ledger:
     truncated: bool = False  # the input ends inside a record or window
     problems: list[Problem] = field(default_factory=list)  # the first few, with their place
     problems_dropped: int = 0
+    unparsed: list[tuple[int, str]] = field(default_factory=list)  # the first few noise lines: line number, start of its text
 
     #: More problems than this are counted, not kept.
     KEEP = 20
+    #: So many noise lines are kept to be shown.
+    SHOWN = 5
 
     def problem(self, text: str, *, offset: int | None = None, line: int | None = None) -> None:
         """Note one problem; only the first few are kept."""

@@ -8,22 +8,34 @@ import stat
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, cast
 
 from xtrace.errors import InputError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ("HEAD_BYTES", "Source")
+__all__ = ("HEAD_BYTES", "Source", "compressed")
 
 #: How much of a file the readers may look at to recognise it.
 HEAD_BYTES = 1 << 16
 
-#: First bytes of the compressed containers that pyarrow can open.
-_MAGIC = {b"\x28\xb5\x2f\xfd": "zstd", b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\x04\x22\x4d\x18": "lz4"}
+#: First bytes of the compressed containers that are opened: xz by Python's lzma, the others by pyarrow.
+_MAGIC = {
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+_MAGIC_BYTES = max(map(len, _MAGIC))
 
 _SPOOL_CHUNK = 1 << 20
+
+
+def compressed(head: bytes) -> str | None:
+    """Return the name of the compressed container that begins so, or None."""
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
 
 
 class Source:
@@ -65,8 +77,8 @@ class Source:
 
     def _seekable(self, raw: IO[bytes]) -> IO[bytes]:
         # Peek through the raw stream, not the path: a pipe can be read only once.
-        head = raw.read(4)
-        kind = next((k for m, k in _MAGIC.items() if head.startswith(m)), None)
+        head = raw.read(_MAGIC_BYTES)
+        kind = compressed(head)
         if kind is None and raw.seekable():
             raw.seek(0)
             return raw
@@ -77,7 +89,7 @@ class Source:
                 plain = tempfile.TemporaryFile(prefix="xtrace-")  # noqa: SIM115
                 plain.write(head)
                 _copy(raw, plain)
-            plain.seek(0)
+                plain.flush()
             self._decompress(plain, kind, spool)
         else:
             spool.write(head)
@@ -86,16 +98,23 @@ class Source:
         return spool
 
     def _decompress(self, plain: IO[bytes], kind: str, spool: IO[bytes]) -> None:
-        import pyarrow as pa
-
-        stream = pa.CompressedInputStream(pa.PythonFile(plain, mode="r"), kind)
-        try:
-            while chunk := stream.read(_SPOOL_CHUNK):
-                spool.write(chunk)
-        except OSError as exc:
-            if exc.errno == _errno.ENOSPC:
-                raise
-            self.damage = f"the {kind} stream is damaged or cut ({str(exc).splitlines()[0]})"
+        # A read that meets the damage gives nothing, not even what came before it: smaller ones then go up to it.
+        done = 0
+        for step in (_SPOOL_CHUNK, 1 << 10, 1):
+            again = os.fdopen(os.dup(plain.fileno()), "rb")  # a duplicate, because pyarrow closes what it is given
+            again.seek(0)
+            try:
+                stream = _unpacked(again, kind)
+                for left in range(done, 0, -_SPOOL_CHUNK):
+                    stream.read(min(left, _SPOOL_CHUNK))
+                while chunk := stream.read(step):
+                    done += spool.write(chunk)
+                return
+            except (OSError, EOFError) as exc:
+                if isinstance(exc, OSError) and exc.errno == _errno.ENOSPC:
+                    raise
+                said = (str(exc).splitlines() or [type(exc).__name__])[0]
+                self.damage = f"the {kind} stream is damaged or cut ({said})"
 
     def head(self) -> bytes:
         """Return the first bytes, for recognition."""
@@ -114,6 +133,23 @@ class Source:
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def _unpacked(plain: IO[bytes], kind: str) -> IO[bytes]:
+    if kind == "xz":
+        import lzma
+
+        class File(lzma.LZMAFile):
+            def read(self, size: int | None = -1) -> bytes:
+                try:
+                    return super().read(size)
+                except lzma.LZMAError as exc:
+                    raise OSError(str(exc)) from exc
+
+        return cast("IO[bytes]", File(plain))
+    import pyarrow as pa
+
+    return cast("IO[bytes]", pa.CompressedInputStream(pa.PythonFile(plain, mode="r"), kind))
 
 
 def _copy(src: IO[bytes], dst: IO[bytes]) -> None:

@@ -31,11 +31,13 @@ class Found:
             from one line; rows of one line keep their order.
         bad: lines that are records of the format and could not be understood: ``line``, ``offset``, ``text``.
         records: record lines understood, where that differs from the number of lines with a row.
+        noise: lines that are no records (``line``, ``text``), the first few are shown; may be left out.
     """
 
     rows: pl.DataFrame
     bad: pl.DataFrame | None = None
     records: int | None = None
+    noise: pl.DataFrame | None = None
 
 
 def lines_of(block: LineBlock) -> pl.DataFrame:
@@ -115,6 +117,9 @@ class TextRecording:
         records = found.rows["line"].n_unique() if found.records is None else found.records
         ledger.records += records
         ledger.noise_lines += len(lines) - records - n_bad
+        if found.noise is not None and len(ledger.unparsed) < Ledger.SHOWN:
+            some = found.noise.filter(pl.col("text").str.contains(r"\S")).head(Ledger.SHOWN - len(ledger.unparsed))
+            ledger.unparsed += [(line, _shown(text)) for line, text in some.select("line", "text").iter_rows()]
         for line, at, text in sorted(notes):
             ledger.problem(text, offset=at, line=line)
         ledger.problems_dropped += more

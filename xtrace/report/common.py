@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from xtrace import release
 from xtrace.analyze.exposure import EXIT_BREAK, EXIT_REVIEW
+from xtrace.report import ledger
 from xtrace.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
@@ -159,24 +160,26 @@ def inputs(result: Result) -> list[dict[str, Any]]:
     """Return what was read."""
     out = []
     for i in result.inputs:
-        ledger = i.ledger
+        led = i.ledger
         out.append(
             {
                 "path": i.path,
                 "format": i.format,
-                "records": ledger.records,
-                "hypercalls": ledger.hypercalls,
-                "subcalls": ledger.subcalls,
-                "vmmcalls": ledger.vmmcalls,
-                "samples": ledger.samples,
-                "lost_records": ledger.lost_records,
-                "skipped_bytes": ledger.skipped_bytes,
-                "skipped_lines": ledger.skipped_lines,
-                "noise_lines": ledger.noise_lines,
-                "unattributed": ledger.unattributed,
-                "truncated": ledger.truncated,
+                "lines": led.lines,
+                "records": led.records,
+                "hypercalls": led.hypercalls,
+                "subcalls": led.subcalls,
+                "vmmcalls": led.vmmcalls,
+                "samples": led.samples,
+                "lost_records": led.lost_records,
+                "skipped_bytes": led.skipped_bytes,
+                "skipped_lines": led.skipped_lines,
+                "noise_lines": led.noise_lines,
+                "unattributed": led.unattributed,
+                "truncated": led.truncated,
                 "incomplete": i.incomplete,
-                "problems": [{"text": p.text, "offset": p.offset, "line": p.line} for p in ledger.problems],
+                "problems": [{"text": p.text, "offset": p.offset, "line": p.line} for p in led.problems],
+                "losses": ledger.ledger(i),
                 "source": i.sources[0] if len(i.sources) == 1 else None,
                 "sources": list(i.sources),
                 "source_from": i.source_origin,

@@ -8,7 +8,7 @@ import polars as pl
 
 from xtrace import release
 from xtrace.analyze import rules
-from xtrace.report import common
+from xtrace.report import common, ledger
 from xtrace.schema import ARGS
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def write_text(result: Result, out: TextIO, *, verbose: bool = False, width: int
     _findings(result, console, verbose)
     _surface(result, console)
     _blind(result, console)
+    _ledger(result, console)
 
 
 def _safe(text: str) -> str:
@@ -187,10 +188,20 @@ def _blind(result: Result, console: Console) -> None:
         what = f"{b['hypercall']}: " if b["hypercall"] else ""
         calls = f" ({b['calls']:,} calls)" if b["calls"] is not None else ""
         console.print("  " + _safe(f"{what}{b['what']}{calls}: {b['why']}"))
+
+
+def _ledger(result: Result, console: Console) -> None:
     for i in result.inputs:
+        said = ledger.lines(i)
+        if not said and not i.ledger.problems:
+            continue
+        console.print()
+        console.print(f"Losses of {_safe(i.path)}:", style="bold")
+        for line in said:
+            console.print("  " + _safe(line))
         for p in i.ledger.problems[:5]:
             where = f"line {p.line}" if p.line is not None else f"byte {p.offset}"
-            console.print("  " + _safe(f"{i.path}: {where}: {p.text}"))
+            console.print("  " + _safe(f"{where}: {p.text}"))
         more = len(i.ledger.problems) - 5 + i.ledger.problems_dropped
         if more > 0:
-            console.print(f"  {_safe(i.path)}: {more:,} more problems")
+            console.print(f"  {more:,} more problems")

@@ -1,0 +1,165 @@
+"""Inputs that still grow: a file that a recorder writes to, or a pipe, read as it comes.
+
+A `GrowingSource` looks to a reader like a `Source` whose reads wait for more. It ends when told to (`stop`), when a pipe
+ends, or when nothing came for a given time. Only readers that go through their input once, from front to back, can follow
+(``Reader.streams``).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Final, cast
+
+from xtrace.errors import InputError
+from xtrace.ingest.source import HEAD_BYTES, Source, compressed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ("GrowingSource",)
+
+_CHUNK: Final = 1 << 16
+#: How often a file is looked at for growth, in seconds.
+POLL: Final = 0.2
+
+
+class GrowingSource(Source):
+    """One input that still grows.
+
+    Args:
+        path: a file name, or ``-`` for standard input.
+        idle: seconds without growth after which it ends; None: only when told, or when a pipe ends.
+        stopped: asked at every wait whether to end.
+
+    Raises:
+        InputError: missing, a directory, no permission (exit bit 1); compressed, or nothing came (exit bit 16).
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, idle: float | None = None, stopped: Callable[[], bool] | None = None
+    ) -> None:
+        """Open ``path`` and wait for its first byte."""
+        self.path = os.fspath(path)
+        self.damage = None
+        self.idle, self._stopped = idle, stopped or (lambda: False)
+        self._ended = threading.Event()  # a pipe has ended
+        pipe = self.path == "-" or not Path(self.path).is_file()
+        if pipe and self.path != "-":
+            raw = self._opened()  # says what is wrong with it
+            self._backing = self._spool(raw)
+        elif pipe:
+            self._backing = self._spool(sys.stdin.buffer)
+        else:
+            self._backing = self._opened()
+        self.file = cast("IO[bytes]", _Growing(self))
+        head = self.head()
+        if not head:
+            self.close()
+            raise InputError(self.path, "nothing was written to it", offset=0, exit_bits=16)
+        if (kind := compressed(head)) is not None:
+            self.close()
+            raise InputError(
+                self.path, f"is compressed ({kind}); only a plain file or pipe can be followed", offset=0, exit_bits=16
+            )
+
+    def _opened(self) -> IO[bytes]:
+        try:
+            return self._open_raw()
+        except OSError as exc:
+            raise InputError(self.path, str(exc.strerror or exc)) from exc
+
+    def _spool(self, raw: IO[bytes]) -> IO[bytes]:
+        """Copy a pipe to an unnamed file in the background, so that what came can be read again."""
+        spool: IO[bytes] = tempfile.TemporaryFile(prefix="xtrace-")  # noqa: SIM115 (closed with the source)
+        fd = spool.fileno()
+
+        def copy() -> None:
+            at = 0
+            try:
+                while data := os.read(raw.fileno(), _CHUNK):
+                    at += os.pwrite(fd, data, at)
+            except OSError as exc:
+                self.damage = f"the pipe could not be read on ({exc.strerror or exc})"
+            self._ended.set()
+
+        threading.Thread(target=copy, name="xtrace-spool", daemon=True).start()
+        return spool
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """How many bytes there are by now."""
+        return os.fstat(self._backing.fileno()).st_size
+
+    def wait(self, beyond: int) -> bool:
+        """Wait until there is more than ``beyond`` bytes; False when there will not be."""
+        since, size = time.monotonic(), self.size
+        while True:
+            ended = self._ended.is_set()  # asked before the size: what came last is still read
+            now = self.size
+            if now > beyond:
+                return True
+            if ended or self._stopped():
+                return False
+            if now != size:
+                since, size = time.monotonic(), now
+            if self.idle is not None and time.monotonic() - since >= self.idle:
+                return False
+            time.sleep(POLL)
+
+    def read_at(self, at: int, n: int) -> bytes:
+        """Return up to ``n`` bytes from ``at``, waiting for the first of them; empty at the end."""
+        if not self.wait(at):
+            return b""
+        return os.pread(self._backing.fileno(), n, at)
+
+    def head(self) -> bytes:
+        """Return the first bytes there are."""
+        return self.read_at(0, HEAD_BYTES)
+
+    def snapshot(self) -> Source:
+        """Return what is there by now as a source of its own, for a first look."""
+        out = Source.__new__(Source)
+        out.path, out.damage = self.path, None
+        out.file = os.fdopen(os.dup(self._backing.fileno()), "rb")
+        out.file.seek(0)
+        out.size = self.size
+        return out
+
+    def close(self) -> None:
+        """Close the file; a spool is deleted with it."""
+        self._backing.close()
+
+
+class _Growing(io.RawIOBase):
+    """The file of a growing source: reads return what there is, and wait where there is nothing yet."""
+
+    def __init__(self, source: GrowingSource) -> None:
+        self._source, self._at = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._source._backing.fileno()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._source.size}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._source.read_at(self._at, _CHUNK if size is None or size < 0 else size)
+        self._at += len(data)
+        return data
