@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ from xtrace.schema import CALLERS, CALLS, CONTINUATIONS, FINDINGS
 if TYPE_CHECKING:
     import os
 
-__all__ = ("Input", "Options", "Replay", "Result", "SurfaceRow", "analyze", "events", "identify_trace", "open_input", "replay")
+__all__ = ("Input", "Options", "Replay", "Result", "SurfaceRow", "analyze", "analyze_recording", "events", "identify_trace", "open_input", "replay")
 
 Progress = Callable[[int, int], None]
 
@@ -49,6 +50,7 @@ class Options:
         keep_calls: keep the table of logical calls (memory grows with the trace).
         progress: called with (bytes done, bytes in all) while reading.
         input_format: format of the inputs (``registry.names()``); None: by content.
+        one_recording: the inputs are parts of one recording (one file a pCPU, pieces of a rotated one): merge them by time.
     """
 
     source: str | None = None
@@ -60,6 +62,7 @@ class Options:
     keep_calls: bool = False
     progress: Progress | None = None
     input_format: str | None = None
+    one_recording: bool = False
 
 
 @dataclass(slots=True)
@@ -186,6 +189,31 @@ def _recording(source: Source, options: Options) -> Recording:
     return recording
 
 
+def _together(sources: Sequence[Source], options: Options) -> Recording:
+    """Begin to read the inputs of one recording."""
+    recordings = [_recording(source, options) for source in sources]
+    if len(recordings) == 1:
+        return recordings[0]
+    from xtrace.ingest.together import Together
+
+    return Together(recordings, [source.path for source in sources])
+
+
+def _names(paths: Sequence[str | os.PathLike[str]]) -> str:
+    return ", ".join(map(str, paths))
+
+
+def _parts(item: Input, paths: Sequence[str | os.PathLike[str]], recording: Recording) -> list[Input]:
+    """Return one Input for each file of a recording; they share what is known of its domains."""
+    recordings = getattr(recording, "recordings", None)
+    if recordings is None:
+        return [item]
+    return [
+        replace(item, path=str(path), format=r.format, ledger=r.ledger, observed=r.observed, losses=Losses())
+        for path, r in zip(paths, recordings, strict=True)
+    ]
+
+
 def events(path: str | os.PathLike[str], options: Options | None = None) -> Iterator[pl.DataFrame]:
     """Yield the events of one trace (``schema.EVENTS``) in batches."""
     source, recording = open_input(path, options or Options())
@@ -213,10 +241,12 @@ def analyze(paths: Sequence[str | os.PathLike[str]], options: Options | None = N
         release.parse(text)
     run = _Run(options, host, given)
     failed: list[InputError] = []
-    for path in paths:
+    for group in [list(paths)] if options.one_recording else [[path] for path in paths]:
         try:
-            run.read(len(run.inputs), path)
+            run.read(group)
         except InputError as exc:
+            if options.one_recording:
+                raise
             # The others are still worth reading.
             failed.append(exc)
     if len(failed) == len(paths):
@@ -224,6 +254,42 @@ def analyze(paths: Sequence[str | os.PathLike[str]], options: Options | None = N
     result = run.result()
     result.failed = failed
     return result
+
+
+def analyze_recording(
+    path: str,
+    recording: Recording,
+    options: Options | None = None,
+    *,
+    role: str | None = None,
+    aim: Callable[[Sequence[str]], None] | None = None,
+) -> Result:
+    """Analyse one recording that is open already, of calls whose domain is not numbered (a saved guest's vCPUs).
+
+    Args:
+        path: its name, beside which a sidecar may stand.
+        recording: read once, after ``aim``.
+        options: of an analysis.
+        role: of the domain (`exposure.ROLES`).
+        aim: called with the releases that may have left it, before the recording is read.
+    """
+    options = options or Options()
+    for text in options.targets:
+        release.parse(text)
+    run = _Run(options, None, release.parse(options.source) if options.source else None)
+    run.roles[None] = role
+    sidecar = config.load_sidecar(path)
+    item = Input(path, recording.format, recording.ledger, recording.observed)
+    if not run._release(item, sidecar):
+        run._release_from(item, identify.Identifier({}))
+    run.sources = item.sources
+    run._domains(item, sidecar)
+    run._aim(targets_mod.choose(item.sources, options.targets))
+    run.inputs.append(item)
+    if aim is not None:
+        aim(item.sources)
+    run._stream(0, item, [item], 0, recording)
+    return run.result()
 
 
 class _Run:
@@ -243,14 +309,15 @@ class _Run:
         self.calls = self.proved = self.inferred = 0
         self.tables: list[pl.DataFrame] = []
 
-    def read(self, index: int, path: str | os.PathLike[str]) -> None:
-        """Read one input through to findings."""
-        sidecar = config.load_sidecar(path)
+    def read(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        """Read one recording, of one or more inputs, through to findings."""
+        sidecar = next((s for s in map(config.load_sidecar, paths) if s is not None), None)
         khz = self._khz(sidecar)
         options = replace(self.options, tsc_khz=khz)
-        with Source(path) as source:
-            recording = _recording(source, options)
-            item = Input(str(path), recording.format, recording.ledger, recording.observed, tsc_khz=khz)
+        with ExitStack() as stack:
+            sources = [stack.enter_context(Source(path)) for path in paths]
+            recording = _together(sources, options)
+            item = Input(_names(paths), recording.format, recording.ledger, recording.observed, tsc_khz=khz)
             if not self._release(item, sidecar):
                 # Its header may stand anywhere in a text log, and every record helps to tell the era of a binary one.
                 seen = identify.Identifier(_told_callers(self.options, sidecar))
@@ -258,17 +325,20 @@ class _Run:
                     if recording.observed.release is None:
                         seen.feed(batch)
                 self._release_from(item, seen)
-                recording = _recording(source, options)
+                recording = _together(sources, options)
                 item.ledger, item.observed = recording.ledger, recording.observed
             self.sources = item.sources
             self._domains(item, sidecar)
             targets = targets_mod.choose(item.sources, self.options.targets)
             if self.targets is None or self.targets.versions != targets.versions:
                 self._aim(targets)
-            self.inputs.append(item)
-            self._stream(index, item, source, recording)
-            if item.tsc_khz is None:
-                item.tsc_khz = recording.observed.tsc_khz
+            parts = _parts(item, paths, recording)
+            index = len(self.inputs)
+            self.inputs += parts
+            self._stream(index, item, parts, sum(s.size for s in sources), recording)
+            for part in parts:
+                if part.tsc_khz is None:
+                    part.tsc_khz = recording.observed.tsc_khz
 
     def _khz(self, sidecar: config.Sidecar | None) -> int | None:
         for value in (self.options.tsc_khz, sidecar and sidecar.tsc_khz, self.host and self.host.tsc_khz):
@@ -333,7 +403,7 @@ class _Run:
             item.domains[domid] = (caller or d.caller, role or d.role)
             self.roles[domid] = role or d.role
 
-    def _stream(self, index: int, item: Input, source: Source, recording: Recording) -> None:
+    def _stream(self, index: int, item: Input, parts: Sequence[Input], size: int, recording: Recording) -> None:
         tally = self.tally
         assert tally is not None
         assert self.targets is not None
@@ -345,9 +415,11 @@ class _Run:
         context = findings.Context(item.sources, self.targets.versions, self.targets.rollback, self.roles)
         # Judged once everything is read: what the input says of its domains may stand at its end.
         found = FrameStore(CONTINUATIONS)
-        item.losses.intervals = self.options.keep_calls
+        for part in parts:
+            part.losses.intervals = self.options.keep_calls
         for batch in recording.batches():
-            item.losses.feed(batch)
+            for n, part in enumerate(parts):
+                part.losses.feed(batch if len(parts) == 1 else batch.filter(pl.col("input") == n))
             stitched = stitcher.feed(fill.fill(batch))
             self.seen.append(surface.collect(stitched.entries, index))
             if len(self.seen) > 64:
@@ -356,12 +428,12 @@ class _Run:
             if self.options.keep_calls:
                 self.tables.append(_call_rows(stitched.entries, index))
             if self.options.progress is not None and len(batch):
-                self.options.progress(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
+                self.options.progress(int(batch.get_column("offset").max() or 0), size)  # type: ignore[arg-type]
         self._heard(item, recording.observed)
         for rows in found.batches():
-            for part in rows.iter_slices(_JUDGE_ROWS):
-                part = part.with_columns(input=pl.lit(index, dtype=pl.UInt32))
-                self.store.add(findings.judge_continuations(part, context, tally))
+            for some in rows.iter_slices(_JUDGE_ROWS):
+                some = some.with_columns(pl.col("input").fill_null(0) + pl.lit(index, pl.UInt32))
+                self.store.add(findings.judge_continuations(some, context, tally))
         self.calls = stitcher.calls
         self.proved += stitcher.proved
         self.inferred += stitcher.inferred

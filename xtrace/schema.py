@@ -117,6 +117,7 @@ EVENTS: Final = pl.Schema(
         "on_insn": pl.Boolean(),  # samples: rip is known to stand on the hypercall instruction
         "result": pl.Int64(),  # return events; lost events: the number of records lost
         "memory": MEMORY,
+        "input": pl.UInt32(),  # which of several inputs that make up one recording; null: there is one
     }
 )
 
@@ -157,6 +158,7 @@ CONTINUATIONS: Final = pl.Schema(
         "cut": pl.UInt8(),
         "rip": pl.UInt64(),
         "memory": MEMORY,
+        "input": pl.UInt32(),
         "evidence": _EVIDENCE,
         "issued_seq": pl.UInt64(),  # the first entry of the call, when it was seen
         **{f"issued_{name}": pl.UInt64() for name in ARGS},

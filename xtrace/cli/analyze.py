@@ -26,6 +26,12 @@ def command(
     tsc_khz: TscKhz = None,
     input_format: InputFormat = None,
     host_info: HostInfo = None,
+    one_recording: Annotated[
+        bool,
+        typer.Option(
+            "--one-recording", help="The traces are parts of one recording (a file for each pCPU, or rotated): merge them."
+        ),
+    ] = False,
     format_: Annotated[str, typer.Option("--format", metavar="text|json|jsonl", help="Form of the report.")] = "text",
     output: Output = None,
     fail_on: Annotated[
@@ -54,7 +60,7 @@ def command(
             traces,
             Options(
                 source=source, targets=tuple(to or ()), callers=callers, tsc_khz=tsc_khz, host_info=host_info,
-                input_format=input_format,
+                input_format=input_format, one_recording=one_recording,
                 progress=tick,
             ),
         )  # fmt: skip

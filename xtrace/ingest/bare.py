@@ -472,6 +472,7 @@ class _Bare:
             pl.Series("segment", segment),
             pl.lit(None, pl.UInt32).alias("pcpu"),
             pl.lit(0, pl.UInt8).alias("cut"),
+            pl.lit(None, pl.UInt32).alias("input"),
             pl.exclude("pos", "boot", "top", "rank"),
         ).select(schema.EVENTS.names())
         self._seq += n
