@@ -28,7 +28,20 @@ from xtrace.schema import CALLERS, CALLS, CONTINUATIONS, FINDINGS
 if TYPE_CHECKING:
     import os
 
-__all__ = ("Input", "Options", "Replay", "Result", "SurfaceRow", "analyze", "analyze_recording", "events", "identify_trace", "open_input", "replay")
+__all__ = (
+    "Input",
+    "Options",
+    "Replay",
+    "Result",
+    "SurfaceRow",
+    "analyze",
+    "analyze_recording",
+    "events",
+    "follow",
+    "identify_trace",
+    "open_input",
+    "replay",
+)
 
 Progress = Callable[[int, int], None]
 
@@ -189,6 +202,15 @@ def _recording(source: Source, options: Options) -> Recording:
     return recording
 
 
+def _judged(rows: pl.DataFrame, index: int, context: findings.Context, tally: findings.Tally) -> pl.DataFrame:
+    """Judge continuations of the input ``index`` (or, of several that make up one recording, the first one's index)."""
+    parts = []
+    for some in rows.iter_slices(_JUDGE_ROWS):
+        some = some.with_columns(pl.col("input").fill_null(0) + pl.lit(index, pl.UInt32))
+        parts.append(findings.judge_continuations(some, context, tally))
+    return pl.concat(parts) if parts else pl.DataFrame(schema=FINDINGS)
+
+
 def _together(sources: Sequence[Source], options: Options) -> Recording:
     """Begin to read the inputs of one recording."""
     recordings = [_recording(source, options) for source in sources]
@@ -229,17 +251,9 @@ def analyze(paths: Sequence[str | os.PathLike[str]], options: Options | None = N
         UsageError: an option names something that does not exist.
     """
     options = options or Options()
-    for caller in options.callers.values():
-        if caller not in CALLERS:
-            raise UsageError(f"no caller is called {caller!r}; there are {', '.join(CALLERS)}")
     if not paths:
         raise UsageError("no trace was named")
-    host = config.read_host_info(options.host_info) if options.host_info else None
-    # Fail on a wrong release name before reading gigabytes.
-    given = release.parse(options.source) if options.source else None
-    for text in options.targets:
-        release.parse(text)
-    run = _Run(options, host, given)
+    run = _begun(options)
     failed: list[InputError] = []
     for group in [list(paths)] if options.one_recording else [[path] for path in paths]:
         try:
@@ -292,6 +306,45 @@ def analyze_recording(
     return run.result()
 
 
+def _begun(options: Options) -> _Run:
+    """Check the options and begin; a wrong name must not be found out after gigabytes."""
+    for caller in options.callers.values():
+        if caller not in CALLERS:
+            raise UsageError(f"no caller is called {caller!r}; there are {', '.join(CALLERS)}")
+    host = config.read_host_info(options.host_info) if options.host_info else None
+    given = release.parse(options.source) if options.source else None
+    for text in options.targets:
+        release.parse(text)
+    return _Run(options, host, given)
+
+
+def follow(
+    path: str | os.PathLike[str],
+    options: Options | None = None,
+    *,
+    found: Callable[[pl.DataFrame], None],
+    idle: float | None = None,
+    stopped: Callable[[], bool] | None = None,
+) -> Result:
+    """Analyse a trace that is still being written.
+
+    Args:
+        path: a file that grows, or ``-``.
+        options: as for :func:`analyze`.
+        found: called with new findings (``schema.FINDINGS``) as they appear.
+        idle: seconds without growth after which the trace is taken as ended; None: never.
+        stopped: asked whether to end.
+
+    Raises:
+        InputError: it cannot be read, or nothing comes.
+        UsageError: its format needs the whole input.
+    """
+    run = _begun(options or Options())
+    run.found = found
+    run.follow(path, idle, stopped)
+    return run.result()
+
+
 class _Run:
     """State of one analysis."""
 
@@ -307,7 +360,36 @@ class _Run:
         self.sources: tuple[str, ...] = ()
         self.roles: dict[int | None, str | None] = {None: None, 0: "control"}
         self.calls = self.proved = self.inferred = 0
+        self.found: Callable[[pl.DataFrame], None] | None = None  # told of findings as they appear
         self.tables: list[pl.DataFrame] = []
+
+    def follow(self, path: str | os.PathLike[str], idle: float | None, stopped: Callable[[], bool] | None) -> None:
+        """Read one input that still grows, from what is there to its end."""
+        from xtrace.ingest.follow import GrowingSource
+
+        sidecar = config.load_sidecar(path)
+        options = replace(self.options, tsc_khz=self._khz(sidecar))
+        with GrowingSource(path, idle=idle, stopped=stopped) as source:
+            reader = registry.detect(source, options.input_format)
+            if not getattr(reader, "streams", False):
+                raise UsageError(f"--follow: {source.path} is read as {reader.name}, which needs the whole input")
+            recording = _recording(source, options)
+            item = Input(str(path), recording.format, recording.ledger, recording.observed, tsc_khz=options.tsc_khz)
+            if not self._release(item, sidecar):
+                # What is there by now must do: it cannot wait for the end.
+                with source.snapshot() as now:
+                    seen, past = identify.Identifier(_told_callers(self.options, sidecar)), _recording(now, options)
+                    for batch in past.batches():
+                        seen.feed(batch)
+                    item.observed = past.observed
+                    self._release_from(item, seen)
+                item.observed = recording.observed
+            self.sources = item.sources
+            self._domains(item, sidecar)
+            self._aim(targets_mod.choose(item.sources, self.options.targets))
+            self.inputs.append(item)
+            self._stream(0, item, [item], source.size, recording)
+            item.tsc_khz = item.tsc_khz or recording.observed.tsc_khz
 
     def read(self, paths: Sequence[str | os.PathLike[str]]) -> None:
         """Read one recording, of one or more inputs, through to findings."""
@@ -424,16 +506,19 @@ class _Run:
             self.seen.append(surface.collect(stitched.entries, index))
             if len(self.seen) > 64:
                 self.seen = [surface.merge(self.seen)]
-            found.add(stitched.continuations)
+            if self.found is not None:
+                self._heard(item, recording.observed)
+                self.store.add(new := _judged(stitched.continuations, index, context, tally))
+                self.found(new)
+            else:
+                found.add(stitched.continuations)
             if self.options.keep_calls:
                 self.tables.append(_call_rows(stitched.entries, index))
             if self.options.progress is not None and len(batch):
                 self.options.progress(int(batch.get_column("offset").max() or 0), size)  # type: ignore[arg-type]
         self._heard(item, recording.observed)
         for rows in found.batches():
-            for some in rows.iter_slices(_JUDGE_ROWS):
-                some = some.with_columns(pl.col("input").fill_null(0) + pl.lit(index, pl.UInt32))
-                self.store.add(findings.judge_continuations(some, context, tally))
+            self.store.add(_judged(rows, index, context, tally))
         self.calls = stitcher.calls
         self.proved += stitcher.proved
         self.inferred += stitcher.inferred

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from xtrace.pipeline import Options, Result
 
 from xtrace.cli.options import Callers, From, HostInfo, InputFormat, Output, TscKhz
 
@@ -32,6 +36,12 @@ def command(
             "--one-recording", help="The traces are parts of one recording (a file for each pCPU, or rotated): merge them."
         ),
     ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="The trace still grows: tell findings as they appear; Ctrl-C ends it with the report.")
+    ] = False,
+    idle: Annotated[
+        float | None, typer.Option("--idle", metavar="SECONDS", min=0.0, help="With --follow: end after so long without growth.")
+    ] = None,
     format_: Annotated[str, typer.Option("--format", metavar="text|json|jsonl", help="Form of the report.")] = "text",
     output: Output = None,
     fail_on: Annotated[
@@ -55,15 +65,19 @@ def command(
     from xtrace.pipeline import Options, analyze
     from xtrace.report import common, json, text
 
-    with shared.progress("reading") as tick:
-        result = analyze(
-            traces,
-            Options(
-                source=source, targets=tuple(to or ()), callers=callers, tsc_khz=tsc_khz, host_info=host_info,
-                input_format=input_format, one_recording=one_recording,
-                progress=tick,
-            ),
-        )  # fmt: skip
+    chosen = Options(
+        source=source, targets=tuple(to or ()), callers=callers, tsc_khz=tsc_khz, host_info=host_info,
+        input_format=input_format, one_recording=one_recording,
+    )  # fmt: skip
+    if follow:
+        if len(traces) != 1:
+            raise UsageError("--follow takes one trace")
+        result = _follow(traces[0], chosen, format_, idle, output)
+    else:
+        if idle is not None:
+            raise UsageError("--idle goes with --follow")
+        with shared.progress("reading") as tick:
+            result = analyze(traces, replace(chosen, progress=tick))
     for error in result.failed:
         print(f"xtrace: {common.clean(str(error))}", file=sys.stderr)
     for item in result.inputs:
@@ -75,8 +89,32 @@ def command(
             elif format_ == "json":
                 json.write_json(result, out)
             else:
-                json.write_jsonl(result, out)
+                json.write_jsonl(result, out, told=follow and output is None)
     return result.bits & (keep | 1)
+
+
+def _follow(trace: str, chosen: Options, form: str, idle: float | None, output: str | None) -> Result:
+    """Follow a growing trace until it ends or the first Ctrl-C; the second one interrupts."""
+    import signal
+    import threading
+
+    from xtrace.pipeline import follow
+    from xtrace.report.live import Live
+
+    stop = threading.Event()
+    before = signal.getsignal(signal.SIGINT)
+
+    def ended(_signal: int, _frame: object) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    # What goes to a file, or is one document, is written at the end; then the terminal is told meanwhile.
+    live = Live(sys.stdout, form) if output is None and form != "json" else Live(sys.stderr, "text")
+    signal.signal(signal.SIGINT, ended)
+    try:
+        return follow(trace, chosen, found=live, idle=idle, stopped=stop.is_set)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _keep(fail_on: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import polars as pl
 
@@ -114,6 +114,10 @@ class Shows:
         proved: how a continuation shows itself by the record's own content.
         inferred: what the sequence of records can show.
         unobservable: what no file of this format can show.
+        registers: hypercall -> numbers of the argument registers that are recorded; ``*`` stands for all others. From it
+            and the fact files follows, for each hypercall, what its continuations show themselves by.
+        samples: registers of stopped vCPUs: what stands in them is whatever Xen left there.
+        fields: guest memory is recorded.
     """
 
     op: str = ""
@@ -127,6 +131,9 @@ class Shows:
     proved: str = ""
     inferred: str = ""
     unobservable: str = ""
+    registers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    samples: bool = False
+    fields: bool = False
 
 
 class Recording(Protocol):
@@ -142,7 +149,11 @@ class Recording(Protocol):
 
 
 class Reader(Protocol):
-    """One trace format."""
+    """One trace format.
+
+    ``streams``: whether it reads an input once, from front to back, so that one that still grows can be followed
+    (left out: it does not).
+    """
 
     name: str
     title: str

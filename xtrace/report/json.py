@@ -25,12 +25,18 @@ def write_json(result: Result, out: TextIO) -> None:
     out.write("]\n}\n" if comma == "\n" else "\n ]\n}\n")
 
 
-def write_jsonl(result: Result, out: TextIO) -> None:
-    """Write one object a line: inputs, findings, surface rows, and the summary last; ``type`` says which."""
+def write_jsonl(result: Result, out: TextIO, *, told: bool = False) -> None:
+    """Write one object a line: inputs, findings, surface rows, and the summary last; ``type`` says which.
+
+    Args:
+        result: what was found.
+        out: where to.
+        told: the findings were written already, as they appeared.
+    """
     head = common.head(result)
     for item in head.pop("inputs"):
         out.write(json.dumps({"type": "input", **item}) + "\n")
-    for row in common.rows(result):
+    for row in () if told else common.rows(result):
         out.write(json.dumps({"type": "finding", **row}) + "\n")
     for row in head.pop("surface"):
         out.write(json.dumps({"type": "surface", **row}) + "\n")
