@@ -12,6 +12,10 @@ Parked, and what shows it:
 * false: rip is elsewhere, or just past the instruction; 64-bit PV, the SYSCALL has not been executed (rcx); or the
   hypercall is one that no release ever leaves (``inferred``).
 * null, ``unobservable``: on the instruction, and nothing tells a call not yet made from one preempted before its first unit.
+
+With ``tasks`` the guest's memory is searched for parked tasks as well (`xtrace.image.tasks`): a saved frame on a hypercall
+instruction is read like a vCPU. It counts as parked only where the frame is shown to be in use, and the evidence is the weaker
+one of the two. Frames of which that cannot be told are listed, judged by nobody, and ask for a review.
 """
 
 from __future__ import annotations
@@ -23,10 +27,12 @@ import polars as pl
 
 from xtrace import config, release
 from xtrace.analyze import judging
+from xtrace.analyze.exposure import EXIT_REVIEW
 from xtrace.errors import InputError, UnknownRelease
 from xtrace.image.behind import MULTICALL, finished_entries, memory_behind
 from xtrace.image.insn import call_of, executed, stand
 from xtrace.image.opening import open_image
+from xtrace.image.tasks import Tasks, find_tasks
 from xtrace.ingest.base import Ledger, Observed
 from xtrace.ingest.source import Source
 from xtrace.pipeline import Options, Result, analyze_recording
@@ -34,17 +40,19 @@ from xtrace.replay import facts
 from xtrace.replay import hypervisor as hv
 from xtrace.replay.links import PAGING_DOMCTL_CONT
 from xtrace.replay.states import States
-from xtrace.schema import ARGS, EVENTS, SCHEMA_VERSION
+from xtrace.schema import ARGS, EVENTS, EVIDENCE, SCHEMA_VERSION
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Sequence
 
     from xtrace.image.base import Image, Vcpu
+    from xtrace.image.frames import Frame, Scan
     from xtrace.image.insn import Call, Stand
     from xtrace.image.memory import Memory
+    from xtrace.image.tasks import Life
 
-__all__ = ("SCHEMA_VERSION", "Inspection", "VcpuState", "inspect")
+__all__ = ("SCHEMA_VERSION", "Inspection", "TaskState", "VcpuState", "inspect")
 
 #: Hypercall numbers end here in every release.
 _NUMBERS: Final = 64
@@ -82,27 +90,75 @@ class VcpuState:
         return None if self.stand.where == "unreadable" else self.stand.where == "on"
 
 
+@dataclass(frozen=True, slots=True)
+class TaskState:
+    """A saved frame on a hypercall instruction: perhaps a task that is parked inside the call.
+
+    Attributes:
+        frame: where it stands. life: whether it is in use.
+        state: what its registers say, as those of a vCPU that stands there.
+    """
+
+    frame: Frame
+    life: Life
+    state: VcpuState
+
+    @property
+    def parked(self) -> bool | None:
+        """Whether a task is inside a hypercall that was preempted (None: cannot be told)."""
+        return self.state.parked if self.life.live else self.life.live
+
+    @property
+    def evidence(self) -> str:
+        """Of ``parked``: the weaker one of what shows that the frame is in use and what shows that its call is in progress."""
+        return max(self.life.evidence, self.state.evidence, key=EVIDENCE.index) if self.life.live else self.life.evidence
+
+    @property
+    def why(self) -> str:
+        """One sentence."""
+        return f"{self.life.why}; {self.state.why}" if self.life.live else self.life.why
+
+    @property
+    def undecided(self) -> bool:
+        """Whether it would be parked if the frame were in use, which cannot be told."""
+        return self.life.live is None and self.state.parked is True
+
+
 @dataclass(slots=True)
 class Inspection:
-    """An image, its vCPUs and the analysis of what they hold."""
+    """An image, its vCPUs and the analysis of what they hold.
+
+    Attributes:
+        tasks: saved frames on a hypercall instruction; None if they were not looked for.
+        scan: what the search of the memory counted.
+    """
 
     path: str
     image: Image
     vcpus: list[VcpuState]
     result: Result
+    tasks: list[TaskState] | None = None
+    scan: Scan | None = None
+
+    @property
+    def undecided(self) -> int:
+        """Saved frames that may be parked tasks."""
+        more = self.scan.on - len(self.scan.frames) if self.scan is not None else 0
+        return more + sum(task.undecided for task in self.tasks or ())
 
     @property
     def bits(self) -> int:
         """Return the exit status (DESIGN §5)."""
-        return self.result.bits
+        return self.result.bits | (EXIT_REVIEW if self.undecided else 0)
 
 
-def inspect(path: str | os.PathLike[str], options: Options | None = None) -> Inspection:
+def inspect(path: str | os.PathLike[str], options: Options | None = None, *, tasks: bool = False) -> Inspection:
     """Inspect a saved guest.
 
     Args:
         path: an ``xl save`` file, a libxl or libxc stream, a core of ``xl dump-core``; compressed or not; ``-`` is stdin.
         options: source, targets (others are not used).
+        tasks: search the guest's memory for parked tasks.
 
     Raises:
         InputError: it is no image, or no vCPU could be read.
@@ -113,8 +169,10 @@ def inspect(path: str | os.PathLike[str], options: Options | None = None) -> Ins
         release.parse(options.source)
     with Source(path) as source:
         image = open_image(source)
-        recording = _Vcpus(image, source.path)
-        result = analyze_recording(source.path, recording, options, role=_role(source.path), aim=recording.aim)
+        recording = _Vcpus(image, source.path, find_tasks(image) if tasks else None)
+        result = analyze_recording(
+            source.path, recording, options, role=_role(source.path), aim=recording.aim, weigh=recording.weigh
+        )
         if recording.note:
             result.notes.append(recording.note)
     result.failed += [InputError(source.path, d.text, offset=d.offset, exit_bits=16) for d in image.damage]
@@ -123,7 +181,15 @@ def inspect(path: str | os.PathLike[str], options: Options | None = None) -> Ins
         for state in recording.states
         if state.stand.where == "unreadable"
     ]
-    return Inspection(source.path, image, recording.states, result)
+    scan = recording.tasks.scan if recording.tasks is not None else None
+    found = Inspection(source.path, image, recording.states, result, recording.task_states if tasks else None, scan)
+    if scan is not None and not scan.switch:
+        text = "--tasks: the kernel is none whose sleeping tasks xtrace can tell (Linux since 4.9): nothing is said of them"
+        result.failed.append(InputError(source.path, text, exit_bits=16))
+    if found.undecided:
+        which = "1 saved frame on a hypercall instruction" if found.undecided == 1 else f"{found.undecided:,} saved frames on one"
+        result.notes.append(f"{which} may belong to a parked task: whether it is in use cannot be told, and it is not judged")
+    return found
 
 
 def _role(path: str) -> str:
@@ -136,13 +202,14 @@ def _role(path: str) -> str:
 class _Vcpus:
     """The vCPUs of an image as a recording; see `xtrace.ingest.base.Recording`."""
 
-    def __init__(self, image: Image, path: str) -> None:
-        self._image, self._path = image, path
+    def __init__(self, image: Image, path: str, tasks: Tasks | None = None) -> None:
+        self._image, self._path, self.tasks = image, path, tasks
         self.format = f"image ({image.format})"
         self.ledger = Ledger(records=len(image.vcpus), samples=len(image.vcpus))
         self.observed = Observed(layout=image.format)
         self.note: str | None = None
         self.states: list[VcpuState] = []
+        self.task_states: list[TaskState] = []
         self._release: str | None = None
         try:
             if image.xen is None:
@@ -161,8 +228,22 @@ class _Vcpus:
         """Yield one frame of ``schema.EVENTS``: the vCPUs that stand on a hypercall instruction with a number of one."""
         assert self._release is not None
         self.states = [_state(self._image.memory, vcpu, self._release) for vcpu in self._image.vcpus]
-        rows = [_event(seq, state) for seq, state in enumerate(self.states) if state.call and state.call.op < _NUMBERS]
+        if self.tasks is not None:
+            memory = self._image.memory
+            self.task_states = [TaskState(f, life, _state(memory, f.vcpu, self._release)) for f, life in self.tasks.found]
+        # Frames that are not in use, or may not be, are nothing to be judged.
+        held = [*self.states, *(task.state for task in self.task_states if task.life.live)]
+        rows = [_event(seq, state) for seq, state in enumerate(held) if state.call and state.call.op < _NUMBERS]
         yield pl.DataFrame(rows, schema=EVENTS)
+
+    def weigh(self, continuations: pl.DataFrame) -> pl.DataFrame:
+        """Take back the proof of continuations whose frame is not proved to be in use."""
+        weak = [t.frame.vcpu.offset for t in self.task_states if t.life.evidence != "proved"]
+        if not weak:
+            return continuations
+        hit = pl.col("vcpu").is_null() & pl.col("offset").is_in(weak)
+        lower = pl.lit("inferred", continuations.schema["evidence"])
+        return continuations.with_columns(pl.when(hit).then(lower).otherwise(pl.col("evidence")).alias("evidence"))
 
 
 def _event(seq: int, state: VcpuState) -> dict[str, Any]:
@@ -171,7 +252,7 @@ def _event(seq: int, state: VcpuState) -> dict[str, Any]:
     return {
         "seq": seq,
         "offset": vcpu.offset,
-        "vcpu": vcpu.number,
+        "vcpu": vcpu.number if vcpu.number >= 0 else None,  # a task runs on none
         "caller": vcpu.caller,
         "kind": "sample",
         "op": state.call.op,

@@ -11,7 +11,8 @@ import numpy as np
 import polars as pl
 
 from xtrace import config, release
-from xtrace.analyze import exposure, findings, surface
+from xtrace.analyze import advice as advice_mod
+from xtrace.analyze import exposure, findings, fleet, suppress, surface, trace_rules
 from xtrace.analyze import targets as targets_mod
 from xtrace.analyze.store import FrameStore
 from xtrace.errors import InputError, InputErrors, UsageError
@@ -26,7 +27,10 @@ from xtrace.replay.stitch import Stitcher
 from xtrace.schema import CALLERS, CALLS, CONTINUATIONS, FINDINGS
 
 if TYPE_CHECKING:
+    import datetime
     import os
+
+    from xtrace.config.suppressions import Suppression
 
 __all__ = (
     "Input",
@@ -48,6 +52,9 @@ Progress = Callable[[int, int], None]
 #: Continuations judged together; never changes a result.
 _JUDGE_ROWS = 1 << 16
 
+#: Continuations up to which ways between releases are looked for.
+_WAY_ROWS = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -64,6 +71,13 @@ class Options:
         progress: called with (bytes done, bytes in all) while reading.
         input_format: format of the inputs (``registry.names()``); None: by content.
         one_recording: the inputs are parts of one recording (one file a pCPU, pieces of a rotated one): merge them by time.
+        suppressions: findings that were accepted (``xtrace.config.suppressions``).
+        today: the day on which suppressions may expire; None: the current one, in UTC.
+        said_by: what said ``source``, for people.
+        notes: what else the report must say.
+        migration: kinds of migration that are asked about (``exposure.KINDS``); none: all of them.
+        path: releases that the domains meet one after the other, the one that wrote the traces first; then ``source`` and
+            ``targets`` are taken from it.
     """
 
     source: str | None = None
@@ -76,6 +90,12 @@ class Options:
     progress: Progress | None = None
     input_format: str | None = None
     one_recording: bool = False
+    suppressions: Sequence[Suppression] = ()
+    today: datetime.date | None = None
+    said_by: str = "--from"
+    notes: Sequence[str] = ()
+    migration: Sequence[str] = ()
+    path: Sequence[str] = ()
 
 
 @dataclass(slots=True)
@@ -89,6 +109,7 @@ class Input:
     source_origin: str = ""
     sources: tuple[str, ...] = ()
     tsc_khz: int | None = None
+    named: bool = False  # something said which release wrote it: the user, a sidecar, the host's information, its header
     domains: dict[int | None, tuple[str | None, str | None]] = field(default_factory=dict)  # caller, role
     losses: Losses = field(default_factory=Losses)
 
@@ -109,6 +130,8 @@ class Input:
             why.append(f"{ledger.skipped_lines:,} lines could not be understood")
         if ledger.lost_records or ledger.lost_events:
             why.append(f"the recorder lost {ledger.lost_records:,} records")
+        if ledger.nameless:
+            why.append(f"{ledger.nameless:,} hypercalls' numbers are not in it")
         if not self.entries:
             why.append("there is no hypercall in it")
         return why
@@ -127,6 +150,8 @@ class SurfaceRow:
     role: str | None
     verdicts: tuple[surface.Surface, ...]
     open: bool = True  # some sub-operation of the hypercall may leave a continuation
+    kinds: tuple[str, ...] = exposure.KINDS  # migrations that catch a continuation of it
+    caught: bool = True  # by one of those that were asked about
 
 
 @dataclass(slots=True)
@@ -147,6 +172,13 @@ class Result:
     store: FrameStore
     calls_table: pl.DataFrame | None = None
     failed: list[InputError] = field(default_factory=list)
+    suppressed: FrameStore = field(default_factory=lambda: FrameStore(suppress.SUPPRESSED))
+    suppressions: list[suppress.Used] = field(default_factory=list)
+    suppressed_at: dict[str, int] = field(default_factory=dict)  # target -> findings
+    trace: list[trace_rules.TraceFinding] = field(default_factory=list)  # what is wrong with the inputs themselves
+    migration: frozenset[str] = frozenset()
+    advice: list[advice_mod.Advice] = field(default_factory=list)
+    path: fleet.Path | None = None
 
     @property
     def findings(self) -> pl.DataFrame:
@@ -162,7 +194,7 @@ class Result:
         """Return the exit bits of one target, continuations and surface together."""
         bits = self.tally.bits[target]
         for row in self.surface:
-            if any(target in v.targets and v.verdict != "safe" for v in row.verdicts):
+            if row.caught and any(target in v.targets and v.open for v in row.verdicts):
                 bits |= exposure.EXIT_REVIEW
         return bits
 
@@ -172,10 +204,14 @@ class Result:
         out = 0
         for t in self.counted:
             out |= self.target_bits(t)
+        if self.path is not None:
+            out |= self.path.bits
         if any(i.incomplete for i in self.inputs):
             out |= exposure.EXIT_INCOMPLETE
         for error in self.failed:
             out |= error.exit_bits
+        for wrong in self.trace:
+            out |= wrong.bits
         return out
 
 
@@ -202,12 +238,24 @@ def _recording(source: Source, options: Options) -> Recording:
     return recording
 
 
-def _judged(rows: pl.DataFrame, index: int, context: findings.Context, tally: findings.Tally) -> pl.DataFrame:
-    """Judge continuations of the input ``index`` (or, of several that make up one recording, the first one's index)."""
+def _judged(
+    rows: pl.DataFrame, index: int, context: findings.Context, tally: findings.Tally,
+    set_aside: Callable[[pl.DataFrame, Sequence[str]], pl.DataFrame] | None = None,
+) -> pl.DataFrame:  # fmt: skip
+    """Judge continuations of the input ``index`` (or, of several that make up one recording, the first one's index).
+
+    What ``set_aside`` takes out of the findings is counted among the outcomes, and not for the exit status.
+    """
     parts = []
     for some in rows.iter_slices(_JUDGE_ROWS):
         some = some.with_columns(pl.col("input").fill_null(0) + pl.lit(index, pl.UInt32))
-        parts.append(findings.judge_continuations(some, context, tally))
+        mine = findings.Tally.of(context.targets)
+        found = findings.judge_continuations(some, context, mine)
+        if set_aside is not None:
+            found = set_aside(found, context.sources)
+            mine.bits.update(dict.fromkeys(mine.bits, 0) | suppress.bits(found))
+        tally.merge(mine)
+        parts.append(found)
     return pl.concat(parts) if parts else pl.DataFrame(schema=FINDINGS)
 
 
@@ -277,6 +325,7 @@ def analyze_recording(
     *,
     role: str | None = None,
     aim: Callable[[Sequence[str]], None] | None = None,
+    weigh: Callable[[pl.DataFrame], pl.DataFrame] | None = None,
 ) -> Result:
     """Analyse one recording that is open already, of calls whose domain is not numbered (a saved guest's vCPUs).
 
@@ -286,12 +335,13 @@ def analyze_recording(
         options: of an analysis.
         role: of the domain (`exposure.ROLES`).
         aim: called with the releases that may have left it, before the recording is read.
+        weigh: given continuations (``schema.CONTINUATIONS``), returns them with what evidence the recording's reader has for each.
     """
     options = options or Options()
     for text in options.targets:
         release.parse(text)
     run = _Run(options, None, release.parse(options.source) if options.source else None)
-    run.roles[None] = role
+    run.roles[None], run.weigh = role, weigh
     sidecar = config.load_sidecar(path)
     item = Input(path, recording.format, recording.ledger, recording.observed)
     if not run._release(item, sidecar):
@@ -315,7 +365,21 @@ def _begun(options: Options) -> _Run:
     given = release.parse(options.source) if options.source else None
     for text in options.targets:
         release.parse(text)
+    if options.path:
+        options, given = _along(options, given)
     return _Run(options, host, given)
+
+
+def _along(options: Options, given: release.Selection | None) -> tuple[Options, release.Selection]:
+    """Take source and targets from the path."""
+    hosts = fleet.hosts_of(options.path)
+    if options.targets:
+        raise UsageError("--path names the targets; leave out --to")
+    first = release.parse(hosts[0])
+    if given is not None and [r.version for r in given.releases] != [hosts[0]]:
+        raise UsageError(f"--path begins with {hosts[0]}, which {options.said_by} does not name as the release that wrote the trace")
+    said = options.said_by if given is not None else "--path"
+    return replace(options, source=hosts[0], targets=hosts[1:], said_by=said), first
 
 
 def follow(
@@ -339,7 +403,10 @@ def follow(
         InputError: it cannot be read, or nothing comes.
         UsageError: its format needs the whole input.
     """
-    run = _begun(options or Options())
+    options = options or Options()
+    if options.path:
+        raise UsageError("--follow goes with --to, not with --path")
+    run = _begun(options)
     run.found = found
     run.follow(path, idle, stopped)
     return run.result()
@@ -361,7 +428,15 @@ class _Run:
         self.roles: dict[int | None, str | None] = {None: None, 0: "control"}
         self.calls = self.proved = self.inferred = 0
         self.found: Callable[[pl.DataFrame], None] | None = None  # told of findings as they appear
+        self.weigh: Callable[[pl.DataFrame], pl.DataFrame] | None = None
         self.tables: list[pl.DataFrame] = []
+        self.suppressor = suppress.Suppressor(options.suppressions, options.today)
+        self.suppressed = FrameStore(suppress.SUPPRESSED)
+        self.suppressed_at: dict[str, int] = {}
+        self.trace: list[trace_rules.TraceFinding] = []
+        self.migration = exposure.parse_kinds(options.migration)
+        self.caught: list[tuple[int, FrameStore]] = []  # continuations, each with the number of its input
+        self.breaking: pl.DataFrame | None = None  # operations that break, and where
 
     def follow(self, path: str | os.PathLike[str], idle: float | None, stopped: Callable[[], bool] | None) -> None:
         """Read one input that still grows, from what is there to its end."""
@@ -388,7 +463,8 @@ class _Run:
             self._domains(item, sidecar)
             self._aim(targets_mod.choose(item.sources, self.options.targets))
             self.inputs.append(item)
-            self._stream(0, item, [item], source.size, recording)
+            self._stream(0, item, [item], source.size, recording, self._checks(item, sidecar))
+            self._of_ledgers(0, [item])
             item.tsc_khz = item.tsc_khz or recording.observed.tsc_khz
 
     def read(self, paths: Sequence[str | os.PathLike[str]]) -> None:
@@ -417,7 +493,8 @@ class _Run:
             parts = _parts(item, paths, recording)
             index = len(self.inputs)
             self.inputs += parts
-            self._stream(index, item, parts, sum(s.size for s in sources), recording)
+            self._stream(index, item, parts, sum(s.size for s in sources), recording, self._checks(item, sidecar))
+            self._of_ledgers(index, parts)
             for part in parts:
                 if part.tsc_khz is None:
                     part.tsc_khz = recording.observed.tsc_khz
@@ -438,7 +515,7 @@ class _Run:
     def _release(self, item: Input, sidecar: config.Sidecar | None) -> bool:
         """Take the release from outside the trace, if it is said there."""
         if self.given is not None:
-            chosen, item.source_origin = self.given, "--from"
+            chosen, item.source_origin = self.given, self.options.said_by
         elif sidecar is not None and sidecar.release:
             chosen, item.source_origin = release.parse(sidecar.release), f"the sidecar {sidecar.path}"
         elif self.host is not None and self.host.release:
@@ -460,6 +537,7 @@ class _Run:
         self.assumptions[f"{said} ({item.source_origin})"] = None
 
     def _chosen(self, item: Input, chosen: release.Selection) -> None:
+        item.named = True
         item.sources = tuple(r.version for r in chosen.releases)
         if chosen.note:
             self.notes[chosen.note] = None
@@ -485,7 +563,31 @@ class _Run:
             item.domains[domid] = (caller or d.caller, role or d.role)
             self.roles[domid] = role or d.role
 
-    def _stream(self, index: int, item: Input, parts: Sequence[Input], size: int, recording: Recording) -> None:
+    def _checks(self, item: Input, sidecar: config.Sidecar | None) -> trace_rules.Checks:
+        """Begin to look at what is wrong with a recording itself."""
+        return trace_rules.Checks(item.sources, item.source_origin if item.named else None, _told_callers(self.options, sidecar))
+
+    def _of_ledgers(self, index: int, parts: Sequence[Input]) -> None:
+        """Add what the ledgers show; complete once everything was read."""
+        for n, part in enumerate(parts):
+            lost = next(((s.offset, s.line) for s in part.losses.spans), (None, None))
+            places = [lost, *((p.offset, p.line) for p in part.ledger.problems[:1])]
+            self.trace += trace_rules.of_ledger(index + n, part.ledger, entries=part.entries, places=places)
+
+    def _set_aside(self, found: pl.DataFrame, sources: Sequence[str]) -> pl.DataFrame:
+        """Take out the findings that were accepted; they are kept apart."""
+        if not self.suppressor:
+            return found
+        kept, taken = self.suppressor.split(found, sources)
+        self.suppressed.add(taken)
+        for target, n in taken.explode("targets").group_by("targets").len().iter_rows():
+            self.suppressed_at[target] = self.suppressed_at.get(target, 0) + n
+        return kept
+
+    def _stream(
+        self, index: int, item: Input, parts: Sequence[Input], size: int, recording: Recording,
+        checks: trace_rules.Checks | None = None,
+    ) -> None:  # fmt: skip
         tally = self.tally
         assert tally is not None
         assert self.targets is not None
@@ -494,21 +596,29 @@ class _Run:
             domains={k: c for k, (c, _) in item.domains.items() if c is not None and k is not None},
         )
         stitcher = Stitcher(item.sources[-1], calls=self.calls)
-        context = findings.Context(item.sources, self.targets.versions, self.targets.rollback, self.roles)
+        context = findings.Context(item.sources, self.targets.versions, self.targets.rollback, self.roles, migration=self.migration)
         # Judged once everything is read: what the input says of its domains may stand at its end.
         found = FrameStore(CONTINUATIONS)
+        self.caught.append((index, found))
         for part in parts:
             part.losses.intervals = self.options.keep_calls
         for batch in recording.batches():
             for n, part in enumerate(parts):
                 part.losses.feed(batch if len(parts) == 1 else batch.filter(pl.col("input") == n))
             stitched = stitcher.feed(fill.fill(batch))
+            if self.weigh is not None:
+                weighed = self.weigh(stitched.continuations)
+                lower = int((weighed["evidence"] != stitched.continuations["evidence"]).sum())
+                stitcher.proved, stitcher.inferred = stitcher.proved - lower, stitcher.inferred + lower
+                stitched.continuations = weighed
+            if checks is not None:
+                checks.feed(batch, stitched)
             self.seen.append(surface.collect(stitched.entries, index))
             if len(self.seen) > 64:
                 self.seen = [surface.merge(self.seen)]
             if self.found is not None:
                 self._heard(item, recording.observed)
-                self.store.add(new := _judged(stitched.continuations, index, context, tally))
+                self.store.add(new := _judged(stitched.continuations, index, context, tally, self._set_aside))
                 self.found(new)
             else:
                 found.add(stitched.continuations)
@@ -517,8 +627,11 @@ class _Run:
             if self.options.progress is not None and len(batch):
                 self.options.progress(int(batch.get_column("offset").max() or 0), size)  # type: ignore[arg-type]
         self._heard(item, recording.observed)
+        if checks is not None:
+            seen = checks.identifier
+            self.trace += checks.findings(index, None if seen is None else _concluded(item, seen))
         for rows in found.batches():
-            self.store.add(_judged(rows, index, context, tally))
+            self.store.add(_judged(rows, index, context, tally, self._set_aside))
         self.calls = stitcher.calls
         self.proved += stitcher.proved
         self.inferred += stitcher.inferred
@@ -533,26 +646,134 @@ class _Run:
         assert self.targets is not None
         assert self.tally is not None
         seen = surface.merge(self.seen).sort("domid", "caller", "op", "number", nulls_last=True)
-        rows = [self._surface(row) for row in seen.iter_rows(named=True)]
+        # Of a call without a number nothing can be said; how many there are is among what the trace could not show.
+        rows = self._surfaces(seen, self.sources, self.targets.versions)
+        rows = self.suppressor.split_surface(rows, self.sources)
+        path = self._path(seen, rows)
+        trace = self.suppressor.accept(self.trace, self.sources)
+        said = [*self.options.notes, *self.notes, *(note for u in self.suppressor.used if (note := u.note) is not None)]
         calls = None
         if self.options.keep_calls:
             calls = _calls(self.tables, [item.losses for item in self.inputs])
-        return Result(
+        result = Result(
             self.inputs, self.sources, self.targets, self.tally, rows, self._blind(rows), list(self.assumptions),
-            list(self.notes), self.calls, self.proved, self.inferred, self.store, calls,
+            said, self.calls, self.proved, self.inferred, self.store, calls,
+            trace=sorted(trace, key=lambda f: (f.input, f.code)), suppressed=self.suppressed,
+            suppressions=self.suppressor.used, suppressed_at=self.suppressed_at, migration=self.migration, path=path,
+        )  # fmt: skip
+        result.advice = self._advice(result, seen)
+        return result
+
+    def _surfaces(self, seen: pl.DataFrame, sources: Sequence[str], targets: Sequence[str]) -> list[SurfaceRow]:
+        """Judge what each call that was seen could leave at one of ``sources``."""
+        # Of a call without a number nothing can be said; how many there are is among what the trace could not show.
+        return [self._surface(row, sources, targets) for row in seen.drop_nulls("op").iter_rows(named=True)]
+
+    def _path(self, seen: pl.DataFrame, rows: Sequence[SurfaceRow]) -> fleet.Path | None:
+        """Judge every pair of hosts of ``--path``; what a host between would leave is added to the findings."""
+        hosts = fleet.hosts_of(self.options.path) if self.options.path else ()
+        if not hosts:
+            return None
+        assert self.tally is not None
+        tally, stores, legs = self.tally, self.caught, []
+        for i, left in enumerate(hosts[:-1]):
+            later = tuple(dict.fromkeys(hosts[i + 1 :]))
+            if i:
+                driven = []
+                context = findings.Context((left,), later, frozenset(), self.roles, migration=self.migration)
+                tally = findings.Tally.of(later)
+                for index, store in stores:
+                    again = FrameStore(CONTINUATIONS)
+                    for batch in store.batches():
+                        again.add(some := fleet.driven(batch, hosts[i - 1], left, self.roles))
+                        self.store.add(_judged(some, index, context, tally, self._set_aside))
+                    driven.append((index, again))
+                stores = driven
+                rows = self.suppressor.split_surface(self._surfaces(seen, (left,), later), (left,))
+            for j in range(i + 1, len(hosts)):
+                names = tuple(dict.fromkeys(
+                    f"{r.hypercall}/{r.subop}" if r.subop else r.hypercall
+                    for r in rows if r.caught and any(hosts[j] in v.targets and v.open for v in r.verdicts)
+                ))  # fmt: skip
+                bits = tally.bits[hosts[j]] | (exposure.EXIT_REVIEW if names else 0)
+                legs.append(fleet.Leg(left, hosts[j], j == i + 1, dict(tally.counts[hosts[j]]), tuple(sorted(names)), bits))
+        return fleet.Path(hosts, tuple(legs))
+
+    def _advice(self, result: Result, seen: pl.DataFrame) -> list[advice_mod.Advice]:
+        """Say what to do about it."""
+        assert self.tally is not None
+        counted = result.counted
+        broken = {t: self._broken(result, t) for t in counted} if any(map(result.target_bits, counted)) else {}
+        by_kind = {t: dict(self.tally.by_kind[t]) for t in counted}
+        for row in result.surface:
+            for t in {t for v in row.verdicts if v.open for t in v.targets} & set(counted):
+                for kind in row.kinds:
+                    by_kind[t][kind] |= exposure.EXIT_REVIEW
+        counts = [self.tally.counts[t] for t in counted]
+        ways: dict[tuple[str | None, str], bool] = {}
+
+        def way(left: str | None, host: str) -> bool:
+            if (left, host) not in ways:
+                ways[left, host] = self._way(result, seen, left, host)
+            return ways[left, host]
+
+        return advice_mod.advise(
+            advice_mod.Seen(
+                self.sources, tuple(counted), {t: result.target_bits(t) for t in counted},
+                {t: broken.get(t, ()) for t in counted}, by_kind, self.migration,
+                tuple(str(b["hypercall"]) for b in result.blind if b["what"] == "sub-operation"),
+                any("undecidable" in c for c in counts), sum(i.entries for i in self.inputs), way,
+            )
         )  # fmt: skip
 
-    def _surface(self, row: Mapping[str, object]) -> SurfaceRow:
-        assert self.targets is not None
+    def _broken(self, result: Result, target: str) -> tuple[str, ...]:
+        """Return the operations of which something that was seen, or could have been left, breaks at a target."""
+        if self.breaking is None:
+            self.breaking = pl.concat([
+                pl.DataFrame(schema={"hypercall": pl.String, "subop": pl.String, "targets": pl.String}),
+                *(_breaks(batch).select("hypercall", "subop", "targets").explode("targets").unique()
+                  for batch in self.store.batches()),
+            ]).unique(maintain_order=True)  # fmt: skip
+        names = {
+            f"{h}/{s}" if s else str(h)
+            for h, s in self.breaking.filter(pl.col("targets") == target).select("hypercall", "subop").iter_rows()
+        }
+        for row in result.surface:
+            if row.caught and any(v.open and v.verdict == "breaks" and target in v.targets for v in row.verdicts):
+                names.add(f"{row.hypercall}/{row.subop}" if row.subop else row.hypercall)
+        return tuple(sorted(names))
+
+    def _way(self, result: Result, seen: pl.DataFrame, left: str | None, host: str) -> bool:
+        """Say whether all that was seen resumes at ``host`` if ``left`` (None: a source) left it last."""
+        if sum(store.count for _, store in self.caught) > _WAY_ROWS or (self.found is not None and not self.options.path):
+            return False  # nothing is said that was not computed
+        if left is None and host in result.targets.versions:
+            rows: Sequence[SurfaceRow] = result.surface
+        else:
+            rows = self._surfaces(seen, self.sources if left is None else (left,), (host,))
+        if any(r.caught and any(v.open and host in v.targets for v in r.verdicts) for r in rows):
+            return False
+        context = findings.Context(
+            self.sources if left is None else (left,), (host,), frozenset(), self.roles, migration=self.migration
+        )
+        for index, store in self.caught:
+            for batch in store.batches():
+                some = batch if left is None else fleet.driven(batch, self.sources[-1], left, self.roles)
+                got = _judged(some, index, context, findings.Tally.of((host,)))
+                if len(_breaks(got)) or (got.get_column("outcome") == "undecidable").any():
+                    return False
+        return True
+
+    def _surface(self, row: Mapping[str, object], sources: Sequence[str], targets: Sequence[str]) -> SurfaceRow:
         op, caller, domid = int(str(row["op"])), str(row["caller"]), row["domid"]
         number = None if row["number"] is None else int(str(row["number"]))
         total = None if row["untotalled"] or row["total"] is None else int(str(row["total"]))
         role = self.roles.get(None if domid is None else int(str(domid)), self.roles[None])
-        issuer = exposure.expose(role, None, caller).issuer
+        exposed = exposure.expose(role, None, caller)
         # Where several releases may be the source, one that breaks is enough to ask for a review.
         verdicts: dict[str, surface.Surface] = {}
-        for source in self.sources_of_surface(op, caller):
-            for v in surface.judge(source, caller, op, number, total, list(self.targets.versions), issuer):
+        for source in _ways_of_surface(sources, op, caller):
+            for v in surface.judge(source, caller, op, number, total, list(targets), exposed.issuer):
                 for t in v.targets:
                     if t not in verdicts or (verdicts[t].verdict == "safe" and v.verdict != "safe"):
                         verdicts[t] = v
@@ -561,20 +782,15 @@ class _Run:
             grouped.setdefault(id(v), (v, []))[1].append(t)
         subop = facts.operation_label(op, number)
         return SurfaceRow(
-            None if domid is None else int(str(domid)), caller, facts.lookup(self.sources[-1], caller, op).name, subop,
+            None if domid is None else int(str(domid)), caller, facts.lookup(sources[-1], caller, op).name, subop,
             int(str(row["calls"])), total, role,
             tuple(
                 surface.Surface(tuple(ts), v.verdict, v.outcomes, v.breaking, v.caveats, v.unknown)
                 for v, ts in grouped.values()
             ),
-            any(surface.continues(source, caller, op) for source in self.sources),
+            any(surface.continues(source, caller, op) for source in sources),
+            exposed.kinds, exposure.caught(exposed.kinds, self.migration),
         )  # fmt: skip
-
-    def sources_of_surface(self, op: int, caller: str) -> list[str]:
-        """Return one release for each way in which the possible sources treat a hypercall."""
-        from xtrace.analyze.judging import classes
-
-        return [group[0] for group in classes(op, caller, self.sources)]
 
     def _blind(self, rows: Sequence[SurfaceRow]) -> list[dict[str, object]]:
         """List what the traces could not show."""
@@ -594,6 +810,19 @@ class _Run:
             for why in item.incomplete:
                 out.append({"what": "loss", "hypercall": None, "calls": None, "why": f"{item.path}: {why}"})
         return out
+
+
+def _ways_of_surface(sources: Sequence[str], op: int, caller: str) -> list[str]:
+    """Return one release for each way in which the possible sources treat a hypercall."""
+    from xtrace.analyze.judging import classes
+
+    return [group[0] for group in classes(op, caller, sources)]
+
+
+def _breaks(found: pl.DataFrame) -> pl.DataFrame:
+    """Return the findings that are breaks and count."""
+    broken = pl.col("outcome").is_in(sorted(exposure.BREAKS)) & ~((pl.col("outcome") == "restarts") & pl.col("harmless"))
+    return found.filter(broken & (pl.col("bits") > 0))
 
 
 class Replay:
@@ -680,7 +909,7 @@ def _possible(item: Input, seen: identify.Identifier) -> tuple[str, ...]:
 
 def _call_rows(entries: pl.DataFrame, index: int) -> pl.DataFrame:
     return entries.filter(pl.col("kind") != "subcall").select(
-        "call", "seq", "offset", "line", "tsc", "domid", "vcpu", "caller", "op", "kind", "reentry", "result", "pcpu",
+        "call", "seq", "offset", "line", "tsc", "domid", "vcpu", "caller", "op", "kind", "reentry", "by", "result", "pcpu",
         input=pl.lit(index),
     )  # fmt: skip
 
@@ -712,6 +941,7 @@ def _calls(parts: list[pl.DataFrame], losses: Sequence[Losses]) -> pl.DataFrame:
             .then(pl.lit("inferred"))
             .otherwise(pl.lit("proved"))
             .alias("evidence"),
+            pl.col("by").filter(pl.col("reentry")).to_physical().max().cast(CALLS["by"]).alias("by"),
         )
         .cast({"evidence": CALLS["evidence"]})
         .select(CALLS.names())

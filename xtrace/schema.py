@@ -12,6 +12,7 @@ import polars as pl
 
 __all__ = (
     "ARGS",
+    "BY",
     "CALLERS",
     "CALLS",
     "CONTINUATIONS",
@@ -52,6 +53,10 @@ KINDS: Final = (
 #: How a trace shows a thing (DESIGN: proved, inferred, unobservable).
 EVIDENCE: Final = ("proved", "inferred", "unobservable")
 
+#: What ties an entry to the one before it, strongest first: its own content (flag, continuation bits, redirect, a register
+#: sample), arithmetic between the two (count, pointer), or the sequence of records alone.
+BY: Final = ("explicit", "arithmetic", "sequence")
+
 #: In the order in which they are tried: the first that applies is the verdict.
 OUTCOMES: Final = (
     "absent",
@@ -90,6 +95,7 @@ READING: Final = pl.Struct({**_FIELDS, "inner": INNER})
 _CALLER = pl.Enum(CALLERS)
 _KIND = pl.Enum(KINDS)
 _EVIDENCE = pl.Enum(EVIDENCE)
+_BY = pl.Enum(BY)
 
 #: One row per record that matters.
 EVENTS: Final = pl.Schema(
@@ -138,6 +144,7 @@ CALLS: Final = pl.Schema(
         "samples": pl.UInt32(),
         "result": pl.Int64(),
         "evidence": _EVIDENCE,  # the weakest link of the chain; proved for a call of one entry
+        "by": _BY,  # what the weakest link rests on; null for a call of one entry
     }
 )
 
@@ -160,6 +167,7 @@ CONTINUATIONS: Final = pl.Schema(
         "memory": MEMORY,
         "input": pl.UInt32(),
         "evidence": _EVIDENCE,
+        "by": _BY,
         "issued_seq": pl.UInt64(),  # the first entry of the call, when it was seen
         **{f"issued_{name}": pl.UInt64() for name in ARGS},
         "issued_memory": MEMORY,

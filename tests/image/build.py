@@ -109,7 +109,7 @@ def pv64_context(r: dict[str, int], cr3: int) -> bytes:
     struct.pack_into("<H", out, 656, 0xE033)
     struct.pack_into("<Q", out, 664, r.get("rflags", 0x246))
     struct.pack_into("<Q", out, 672, r.get("rsp", 0))
-    struct.pack_into("<8Q", out, 4984, 0x80050033, r.get("user_cr3", 0), 0, cr3, 0x660, 0, 0, 0)
+    struct.pack_into("<9Q", out, 4976, r.get("kernel_sp", 0), 0x80050033, r.get("user_cr3", 0), 0, cr3, 0x660, 0, 0, 0)
     return bytes(out)
 
 
@@ -120,7 +120,7 @@ def pv32_context(r: dict[str, int], cr3: int) -> bytes:
     struct.pack_into("<I", out, 548, r["rip"])
     struct.pack_into("<H", out, 552, 0xE019)
     struct.pack_into("<II", out, 556, r.get("rflags", 0x1246), r.get("rsp", 0))
-    struct.pack_into("<8I", out, 2716, 0x80050033, 0, 0, cr3, 0x660, 0, 0, 0)
+    struct.pack_into("<9I", out, 2712, r.get("kernel_sp", 0), 0x80050033, 0, 0, cr3, 0x660, 0, 0, 0)
     return bytes(out)
 
 
@@ -143,6 +143,7 @@ def hvm_cpu(guest: Guest, r: dict[str, int], size: int = 1032) -> bytes:
     cr0, cr3, cr4, efer = control(guest)
     struct.pack_into("<4Q", out, 656, cr0, 0, cr3, cr4)
     struct.pack_into("<Q", out, 808, r.get("cs_base", 0))
+    struct.pack_into("<QQ", out, 832, r.get("fs_base", 0), r.get("gs_base", 0))
     dpl = 3 << 5 if r["user"] else 0
     mode = 1 << 9 if guest.word == 8 else 1 << 10
     struct.pack_into("<I", out, 888, r.get("cs_attr", 0x89B | dpl | mode))
@@ -324,3 +325,136 @@ def caught(
         registers.setdefault("r11", 0x246)
     guest.vcpu(0, user=user, rip=rip, rax=op, **registers)
     return guest
+
+
+# -- a kernel with tasks ---------------------------------------------------------------------------------------------
+
+#: The kernel stack of the task, on these frames; its structure and the per-CPU data.
+STACK_PFN, TASK_PFN, CPU_PFN = 0x20, 0x28, 0x30
+FIELD = 0x518  # thread.sp in the task's structure
+
+SWITCH = {
+    8: bytes.fromhex("55534154415541564157 4889a7 18050000 488ba6 18050000"),
+    4: bytes.fromhex("555357569c 89a0 18050000 8ba2 18050000"),
+}
+PUSHED = {8: 6, 4: 5}
+
+FRAME = {
+    8: [
+        "r15",
+        "r14",
+        "r13",
+        "r12",
+        "rbp",
+        "rbx",
+        "r11",
+        "r10",
+        "r9",
+        "r8",
+        "rax",
+        "rcx",
+        "rdx",
+        "rsi",
+        "rdi",
+        "orig",
+        "rip",
+        "cs",
+        "rflags",
+        "rsp",
+        "ss",
+    ],
+    4: ["rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rax", "ds", "es", "fs", "gs", "orig", "rip", "cs", "rflags"],
+}
+SELECTOR = {"pv64": (0xE030, 0xE02B), "hvm64": (0x10, 0x18), "pv32": (0x61, 0), "hvm32": (0x60, 0)}
+
+
+@dataclass
+class Kernel:
+    """A guest with a kernel that puts tasks to sleep; `at` is where the frame stands in the stack."""
+
+    guest: Guest
+    paging: int | str
+
+    def __post_init__(self) -> None:
+        word = self.guest.word
+        self.code = CODE[self.paging] & ~0xFFF
+        self.size = 0x4000 if word == 8 else 0x2000
+        # 64 bits: pages in no order, as of vmalloc; 32 bits: the kernel's mapping of all memory.
+        self.base = 0 if not self.paging else 0xC0000000
+        vmalloc = 0xFF20000000104000 if self.paging == 5 else 0xFFFFC90000104000
+        self.stack = vmalloc if word == 8 else self.base + (STACK_PFN << 12)
+        self.pfns = [STACK_PFN + (k * 3 % 4 if word == 8 else k) for k in range(self.size >> 12)]
+        self.task = self.stack + 0x10000 if word == 8 else self.base + (TASK_PFN << 12)
+        self.cpu = self.stack + 0x20000 if word == 8 else self.base + (CPU_PFN << 12)
+        for k, pfn in enumerate(self.pfns):
+            self.guest.page(pfn)
+            self.guest.map(self.stack + (k << 12), pfn)
+        self.guest.write(self.task, bytes(0x1000), TASK_PFN)
+        self.guest.write(self.cpu, bytes(0x1000), CPU_PFN)
+        self.put_code(0x100, SWITCH[word])
+        for caller, callee in ((0x200, 0x100), (0x300, 0x200), (0x400, 0x300)):
+            self.call(caller, callee)
+
+    def put_code(self, at: int, data: bytes) -> None:
+        address = self.code + at
+        pfn = 0x11 if self.paging else address >> 12
+        self.guest.page(pfn)[at : at + len(data)] = data
+
+    def call(self, caller: int, callee: int) -> None:
+        """Put a call of ``callee`` 0x10 bytes into ``caller``; it returns to caller + 0x15."""
+        self.put_code(caller + 0x10, b"\xe8" + struct.pack("<i", callee - (caller + 0x15)))
+
+    def poke(self, address: int, *words: int) -> None:
+        word = self.guest.word
+        for k, value in enumerate(words):
+            at = address + k * word - self.stack
+            assert 0 <= at < self.size
+            data = (value & ((1 << 8 * word) - 1)).to_bytes(word, "little")
+            self.guest.page(self.pfns[at >> 12])[at & 0xFFF : (at & 0xFFF) + word] = data
+
+    def frame(self, at: int, **registers: int) -> int:
+        """Put a saved frame at an offset in the stack; -1 as an argument is where the data is."""
+        word, kind = self.guest.word, self.guest.kind
+        names = FRAME[word]
+        address = self.stack + at
+        values = {"cs": SELECTOR[kind][0], "ss": SELECTOR[kind][1], "rflags": 0x246, "rsp": address + len(names) * word}
+        values["rip"] = CODE[self.paging]
+        if kind == "pv64":
+            values |= {"rcx": values["rip"] + 2, "r11": 0x246}
+        values |= {n: DATA[self.paging] if v == -1 else v for n, v in registers.items()}
+        self.poke(address, *(values.get(n, 0) for n in names))
+        return address
+
+    def sleep(self, pointer: int) -> int:
+        """Put the switch's registers at an offset in the stack; the address behind its return address is returned."""
+        word = self.guest.word
+        address = self.stack + pointer
+        self.poke(address + PUSHED[word] * word, self.code + 0x215)
+        raw = address.to_bytes(word, "little")
+        self.guest.page(TASK_PFN)[FIELD : FIELD + word] = raw
+        return address + (PUSHED[word] + 1) * word
+
+    def chain(self, address: int, behind: int) -> None:
+        """Put the calls from the switch up to below a frame."""
+        word = self.guest.word
+        self.poke(behind + 4 * word, self.code + 0x315)
+        self.poke(address - word, self.code + 0x415)
+
+
+def parked(kind: str, paging: int | str, at: int, pointer: int, **registers: int) -> Kernel:
+    """Return a guest with a task asleep in XENMEM_populate_physmap: frame and saved stack pointer at offsets in its stack."""
+    guest = caught(kind, paging, op=0, data=reservation(8 if kind.endswith("64") else 4, 64), at_insn=-0x100, rflags=0x246)
+    kernel = Kernel(guest, paging)
+    names = ARG_NAMES[guest.word]
+    address = kernel.frame(at, **{"rax": 12, names[0]: 5 << 6 | 6, names[1]: -1, **registers})
+    behind = kernel.sleep(pointer)
+    if pointer < at:
+        kernel.chain(address, behind)
+    # The vCPU runs another task.
+    guest.vcpus[0] |= {
+        "kernel_sp": kernel.stack + 0x80000,
+        "rsp": kernel.stack + 0x7FF00,
+        "gs_base": kernel.cpu,
+        "fs_base": kernel.cpu,
+    }
+    return kernel

@@ -6,11 +6,16 @@ import io
 import re
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import polars as pl
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from xtrace import schema
+from xtrace.ingest import bare, bare_fast
 from xtrace.ingest.bare import READER
 from xtrace.ingest.base import Domain, ReadOptions
 from xtrace.ingest.source import Source
@@ -232,6 +237,33 @@ def test_tally_by_op():
     samples = frame.filter(pl.col("kind") == "sample")
     assert Counter(samples["op"]) == {0: 3, 1: 69, 18: 39, 20: 226, 26: 75, 12: 148, 13: 239}
     assert samples["arg5"].null_count() == len(samples)  # ebp is the guest's sentinel
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.sampled_from(b"0123456789abcxX=, \t\r-\x00\xffq")), max_size=12))
+@example([(0.4296875, 48), (0.4197269607732706, 48)])
+@example([(0.46875, 9)])
+@example([(0.908203125, 88)])
+def test_samples_at_once_agree_with_the_regular_expressions(flips):
+    data = bytearray(
+        START + call(samples=3) + cont() + cont(mem="0x1,0x2") + cont(tsc=160) + call(2, op="0x1a") + cont(2, rax="0x1a")
+    )
+    for place, byte in flips:
+        at = int(place * len(data))
+        if data[at] != 10:
+            data[at] = byte
+
+    def none(raw, start, keys, numbers):
+        frame, _ = bare_fast.samples(raw, start[:0], keys, numbers)
+        return frame, np.zeros(len(start), dtype=bool)
+
+    for lines in (1, 1 << 11):
+        with mock.patch.object(bare_fast, "_LINES", lines):
+            fast, first = read(Bytes(bytes(data)))
+        with mock.patch.object(bare, "samples", none):
+            slowly, second = read(Bytes(bytes(data)))
+        assert fast.equals(slowly)
+        assert (first.ledger, first.observed) == (second.ledger, second.observed)
 
 
 # -- damage ------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def test_names_are_those_of_the_readers() -> None:
 def test_an_unknown_name() -> None:
     with pytest.raises(UsageError, match="did you mean 'xentrace'"):
         registry.reader("xen-trace")
-    with pytest.raises(UsageError, match="there are xentrace, xtrace-log"):
+    with pytest.raises(UsageError, match="there are xentrace, xentrace-fixed, xtrace-log"):
         registry.reader("pcap")
 
 
@@ -31,7 +31,9 @@ def test_an_unknown_name() -> None:
         ("**/*.xentrace", "xentrace"),
         ("**/*.xentrace.zst", "xentrace"),
         ("bare/*.txt.zst", "bare"),
-        ("dom0-4.17.7/*_parked.txt*", "ftrace-parked"),
+        ("dom0-4.17.7/*_parked.txt*", "linux-trace"),
+        ("dom0-4.17.7/*_ftrace.txt*", "linux-trace"),
+        ("linux/*.txt.zst", "linux-trace"),
     ],
 )
 def test_the_samples_are_recognised(pattern: str, name: str) -> None:

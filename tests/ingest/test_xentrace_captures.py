@@ -66,7 +66,7 @@ VMMCALLS = {"j4_pvh": 2458}
 
 
 def sample(name: str) -> Path:
-    return next(p for p in SAMPLES.rglob(f"{name}.xentrace*"))
+    return next(p for p in SAMPLES.rglob(f"{name}.xentrace*") if p.name.endswith((".xentrace", ".xentrace.zst")))
 
 
 def read(path: Path, rows: int = 1 << 18) -> tuple[pl.DataFrame, object]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import re
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import polars as pl
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from xtrace import schema
-from xtrace.ingest import xtrace_log
+from xtrace.ingest import keyvalue, xtrace_log, xtrace_log_fast
 from xtrace.ingest.base import Domain, ReadOptions
 from xtrace.ingest.hypercalls import HYPERCALLS
 from xtrace.ingest.lines import MAX_LINE
@@ -227,7 +230,7 @@ good = st.one_of(
 )
 keys = st.sampled_from(["tsc", "pcpu", "dom", "op", "a0", "a1~", "result", "rip", "on_insn", "mem.x", "mem.", "foo", "", "n"])
 bad = st.one_of(st.tuples(keys, odd).map("=".join), st.sampled_from([";", "word", "=", "a9=1", "xtrace:", "mem.A=1", "\x00=\x00"]))
-kinds = st.sampled_from([*xtrace_log._KINDS, "call", "sample", "return", "vmexit", "calls", ""])
+kinds = st.sampled_from([*xtrace_log.KINDS, "call", "sample", "return", "vmexit", "calls", ""])
 prefix = st.sampled_from(["", "(XEN) [  12.3] ", "é(d1) ", "my", "a.", "[1]", "\t", "xtrace:x ", "\x00"])
 record = st.builds(
     lambda p, k, ws, sep, tail: p + sep.join(["xtrace:", k, *ws]) + tail,
@@ -239,7 +242,7 @@ record = st.builds(
 ).map(str.encode)
 clean = st.builds(
     lambda k, p, t, op: f"xtrace: {k} pcpu={p} tsc={t} op={op}".encode(),
-    st.sampled_from(list(xtrace_log._KINDS)),
+    st.sampled_from(list(xtrace_log.KINDS)),
     small,
     st.integers(0, 100),
     st.integers(0, 50),
@@ -262,6 +265,7 @@ logs = st.builds(
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@example(b"(XEN) booting\nxtrace: domain id=2 caller=pv64 name=web1 ;\nxtrace: call\nxtrace: return tsc=9 dom=2\n", 1)
 @given(logs, st.integers(1, 30))
 def test_agrees_with_the_slow_reader(data, batch_rows):
     expected, stats = slow(data)
@@ -293,6 +297,79 @@ def test_batches_do_not_matter(data, batch_rows):
 def test_any_bytes(data):
     read(data, 3)
     READER.sniff(data)
+
+
+# -- the fast path and the general one -------------------------------------------------------------------------------
+
+ordered = st.builds(
+    lambda p, k, ws, tail: (p + " ".join(["xtrace:", k, *ws]) + tail).encode(),
+    st.sampled_from(["", "", "(XEN) [  12.3] ", "a=b ", "xtrace "]),
+    st.sampled_from([*xtrace_log.KINDS]),
+    st.lists(st.one_of(good, good, good, good, bad), max_size=6, unique_by=lambda word: word.split("=")[0]),
+    st.sampled_from(["", " ;", " ;", "; ", " ; "]),
+)
+
+
+def nothing(raw, longest, *, cut):
+    """As `plain`, and no line is."""
+    whole = xtrace_log_fast.plain(raw, longest, cut=cut)
+    none = xtrace_log_fast.plain(b"\n" * len(whole.size), longest, cut=cut)
+    return replace(whole, taken=none.taken, records=none.records)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.one_of(ordered, ordered, record, header, noise), max_size=25).map(b"\n".join), st.sampled_from([1, 40, 1 << 19]))
+def test_fast_and_general_agree(data, part):
+    with mock.patch.object(xtrace_log_fast, "_PART", part):
+        fast, first = read(data + b"\n")
+    with mock.patch.object(xtrace_log, "plain", nothing):
+        general, second = read(data + b"\n")
+    assert fast.equals(general)
+    assert (first.ledger, first.observed) == (second.ledger, second.observed)
+
+
+def test_plain_lines_are_taken():
+    lines = [
+        b"xtrace: call tsc=0x9a3f0011 pcpu=0 dom=3 vcpu=1 op=memory_op a0=0x1 a1=0xFFFFFFFF80208c60 mem.nr_extents=64",
+        b"(XEN) [  12.3] xtrace: sample tsc=12345678901234567 op=12 a1~=0x80208c60 caller=pvh64 on_insn=1 result=-22 ;",
+        b"xtrace: lost",
+        b"xtrace: hypercall op=__HYPERVISOR_multicall mem.entry.memory.nr_extents=-1 mem.b=2 ;",
+    ]
+    assert xtrace_log_fast.plain(b"\n".join(lines) + b"\n", MAX_LINE, cut=False).taken.all()
+    for i, line in enumerate(lines):
+        doubtful = (
+            line.replace(b" ", b"  "),
+            line + b"\r",
+            line + b" cookie=7",
+            line + b" tsc=1 tsc=2",
+            line.replace(b"xtr", b"_xtr"),
+        )
+        for other in doubtful:
+            block = b"\n".join([*lines[:i], other, *lines[i + 1 :]]) + b"\n"
+            assert xtrace_log_fast.plain(block, MAX_LINE, cut=False).taken.tolist() == [j != i for j in range(len(lines))], other
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.one_of(printed(u64), odd, st.text("0123456789abcdefxXgG-", max_size=24)), min_size=1))
+def test_numbers_at_once(texts):
+    raw = "\n".join(texts).encode() + b"\n"
+    text = keyvalue.Bytes(raw)
+    ends = np.flatnonzero(text.data == 10)
+    value, fine = text.numbers(ends[:-1] + 1, ends[1:])
+    for one, got, ok in zip(texts, value.tolist(), fine.tolist(), strict=True):
+        expected = number(one)
+        assert (got if ok else None) == expected or (not ok and len(one) == 20)  # 20 digits are left to others
+
+
+def test_names_at_once():
+    words = [b"nr_extents", b"in.nr_extents", b"nr_extents", b"x" * 32, b"z" * 33, b"x" * 31 + b"y", b"", b"a", b"nr_extent"]
+    text = keyvalue.Bytes(b" ".join(words) + b"\n")
+    size = np.array([len(w) for w in words])
+    start = np.cumsum(size + 1) - size - 1 + keyvalue.PAD
+    names = keyvalue.Names(text, start, size)
+    assert [names.names[c].encode() if c >= 0 else None for c in names.code.tolist()] == [
+        w if len(w) <= 32 else None for w in words
+    ]
 
 
 # -- single points -----------------------------------------------------------------------------------------------------
@@ -516,7 +593,7 @@ def test_the_documents_examples(tmp_path):
 def test_the_document_names_every_key_and_kind():
     text = DOC.read_text(encoding="utf-8")
     grammar = text[text.index("## Grammar") : text.index("| kind |")]
-    for key in xtrace_log._LIMITS:
+    for key in xtrace_log.LIMITS:
         assert f'"{key}=' in grammar or f'"{key.rstrip("~")}"' in grammar, key
-    for kind in (*xtrace_log._KINDS, *schema.CALLERS):
+    for kind in (*xtrace_log.KINDS, *schema.CALLERS):
         assert f'"{kind}"' in grammar, kind

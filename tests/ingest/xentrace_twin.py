@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 MAGIC = 0x2001F003
+GAP = -1
 MAGIC_BYTES = struct.pack("<I", MAGIC)
 COLUMNS = (
     "offset", "tsc", "pcpu", "segment", "domid", "vcpu", "caller", "kind", "op",
@@ -29,6 +30,14 @@ class Result:
 
 
 @dataclass
+class Window:
+    start: int
+    end: int
+    pcpu: int
+    after_loss: bool = False
+
+
+@dataclass
 class Record:
     offset: int
     event: int
@@ -43,30 +52,44 @@ def plausible(data: bytes, at: int) -> bool:
     return word == MAGIC and pcpu < 16384 and size % 4 == 0
 
 
-def windows(data: bytes, result: Result) -> list[tuple[int, int, int]]:
-    """Payload start, end and pCPU of each window."""
-    out, at = [], 0
+def windows(data: bytes, result: Result) -> list[Window]:
+    out: list[Window] = []
+    seen: set[int] = set()
+    missing: set[int] = set()
+    at = 0
+
+    def add(start: int, end: int, pcpu: int) -> None:
+        out.append(Window(start, end, pcpu, end > start and pcpu in missing))
+        if end > start:
+            seen.add(pcpu)
+            missing.discard(pcpu)
+
     while at < len(data):
         if plausible(data, at):
             start = at + 12
             pcpu, size = struct.unpack_from("<II", data, at + 4)
             due = start + size
             if due == len(data) or plausible(data, due):
-                out.append((start, due, pcpu))
+                add(start, due, pcpu)
                 at = due
                 continue
             found = search(data, start)
             end = len(data) if found is None else found
             whole = min(due, end)
             words = (whole - start) // 4 * 4
-            out.append((start, start + words, pcpu))
+            add(start, start + words, pcpu)
+            if due > end or words != whole - start:
+                missing.add(pcpu)
             result.skipped += whole - start - words + end - whole
             gap = end - whole
             if found is None and (due > len(data) or (gap < 12 and MAGIC_BYTES.startswith(data[whole : whole + 4]))):
                 result.truncated = True
+            if end > whole:
+                missing |= seen
             at = end
         else:
             found = search(data, at)
+            missing |= seen
             end = len(data) if found is None else found
             result.skipped += end - at
             if found is None and end - at < 12 and MAGIC_BYTES.startswith(data[at : at + 4]):
@@ -76,13 +99,16 @@ def windows(data: bytes, result: Result) -> list[tuple[int, int, int]]:
 
 
 def search(data: bytes, at: int) -> int | None:
+    cut = None
     while (at := data.find(MAGIC_BYTES, at)) >= 0:
         if plausible(data, at):
             due = at + 12 + struct.unpack_from("<I", data, at + 8)[0]
-            if due >= len(data) or plausible(data, due):
+            if due > len(data):
+                cut = at if cut is None else cut
+            elif due == len(data) or plausible(data, due):
                 return at
         at += 1
-    return None
+    return cut
 
 
 def possible(event: int) -> bool:
@@ -90,7 +116,8 @@ def possible(event: int) -> bool:
     return cls != 0 and cls & (cls - 1) == 0 and event >> 12 & 0xF != 0 and event != 0x1F003
 
 
-def records(data: bytes, start: int, end: int, result: Result | None = None) -> list[Record]:
+def records(data: bytes, start: int, end: int, result: Result | None = None) -> tuple[list[Record], int]:
+    """Whole records, and where the window's reading stopped."""
     out, at = [], start
     while at < end:
         (head,) = struct.unpack_from("<I", data, at)
@@ -104,7 +131,7 @@ def records(data: bytes, start: int, end: int, result: Result | None = None) -> 
         tsc = struct.unpack_from("<Q", data, at + 4)[0] if timed else None
         out.append(Record(at, event, tsc, struct.unpack_from(f"<{n}I", data, at + 4 + 8 * timed)))
         at += size
-    return out
+    return out, at
 
 
 def read(data: bytes) -> Result:
@@ -112,15 +139,25 @@ def read(data: bytes) -> Result:
     found = windows(data, result)
     by_pcpu: dict[int, list[Record]] = {}
     early: set[int] = set()
-    full = [w for w in found if w[1] > w[0]]
-    for start, end, _ in full[:64]:
-        early.update(r.event for r in records(data, start, end))
+    full = [w for w in found if w.end > w.start]
+    for w in full[:64]:
+        early.update(r.event for r in records(data, w.start, w.end)[0])
     dom_era = None
     later = {0x20100D, 0x20200E} | NEW_SCHED
     if bool(early & OLD_SCHED) != bool(early & later):
         dom_era = bool(early & OLD_SCHED)
-    for start, end, pcpu in found:
-        by_pcpu.setdefault(pcpu, []).extend(records(data, start, end, result))
+    broken: dict[int, int] = {}  # pCPU whose last window had damage: where
+    for w in full:
+        recs, stop = records(data, w.start, w.end, result)
+        mine = by_pcpu.setdefault(w.pcpu, [])
+        if w.after_loss or w.pcpu in broken:
+            mine.append(Record(w.start - 12, GAP, recs[0].tsc if recs else None, ()))
+            broken.pop(w.pcpu, None)
+        mine.extend(recs)
+        if stop < w.end and not (result.truncated and sticks_out(data, stop, w.end) and w.end + 4 > len(data)):
+            broken[w.pcpu] = stop
+    for pcpu, at in broken.items():
+        by_pcpu[pcpu].append(Record(at, GAP, None, ()))
     result.ids[0x1F003] += len(found)
     keyed = []
     for pcpu in sorted(by_pcpu):
@@ -132,11 +169,17 @@ def read(data: bytes) -> Result:
     return result
 
 
+def sticks_out(data: bytes, at: int, end: int) -> bool:
+    (head,) = struct.unpack_from("<I", data, at)
+    return at + 4 + 8 * (head >> 31) + 4 * (head >> 28 & 7) > end
+
+
 def one_pcpu(pcpu: int, recs: list[Record], dom_era: bool | None, ids: Counter) -> list[dict]:
     out = []
     tsc, segment, who, last_exit = None, 0, None, None
     for r in recs:
-        ids[r.event] += 1
+        before = tsc
+        ids[r.event] += r.event != GAP
         if r.tsc is not None:
             segment += tsc is not None and r.tsc < tsc
             tsc = r.tsc
@@ -148,13 +191,15 @@ def one_pcpu(pcpu: int, recs: list[Record], dom_era: bool | None, ids: Counter) 
             who = None
         elif e == 0x2F00A:
             who = (w[2] & 0xFFFF, w[3] & 0xFFFF) if len(w) >= 4 else None
+        elif e == GAP:
+            who = None
         elif e == 0x1F001:
             who = (w[1] & 0xFFFF, w[1] >> 16) if len(w) >= 2 else None
         if who:
             row["domid"], row["vcpu"] = who
         if e in (0x81002, 0x81003, 0x81102, 0x81103):
             last_exit = r
-        elif e in RUNS | STOPS | {0x2F00A, 0x1F001, 0x81402, 0x81403, 0x81502, 0x81503, 0x81001, 0x81401}:
+        elif e in RUNS | STOPS | {0x2F00A, 0x1F001, GAP, 0x81402, 0x81403, 0x81502, 0x81503, 0x81001, 0x81401}:
             last_exit = None
         if e in (0x20F001, 0x201001) and len(w) >= 2:
             out.append(row | {"kind": "hypercall", "caller": "pv32", "rip": w[0], "op": w[1]})
@@ -167,7 +212,10 @@ def one_pcpu(pcpu: int, recs: list[Record], dom_era: bool | None, ids: Counter) 
         elif e in (0x2F007, 0x28007, 0x28010) and len(w) >= 3 and w[2] == 2:
             out.append(row | {"kind": "suspend", "op": e, "domid": w[0] & 0xFFFF, "vcpu": w[1] & 0xFFFF})
         elif e == 0x1F001 and len(w) >= 1:
-            out.append(row | {"kind": "lost", "op": e, "result": w[0]})
+            since = w[2] | w[3] << 32 if len(w) >= 4 else None
+            out.append(row | {"kind": "lost", "op": e, "result": w[0], "arg0": since})
+        elif e == GAP:
+            out.append(row | {"kind": "lost", "arg0": tsc if before is None else before})
     return out
 
 
@@ -198,4 +246,6 @@ def vmmcall(w: tuple[int, ...], exit_: Record | None, dom_era: bool | None) -> d
     out["rip"] = x[1] | (x[2] << 32 if wide else 0)
     if not dom:
         out["caller"] = "hvm64" if wide else "hvm32"
+    elif out["rip"] > 0xFFFFFFFF:
+        out["caller"] = "hvm64"
     return out

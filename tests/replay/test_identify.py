@@ -236,10 +236,11 @@ def test_whole_columns_and_single_rows_agree(name: str, version: str, monkeypatc
 
 def test_the_table_of_records() -> None:
     doc = load("trace_events.toml")
-    ids = [i for row in doc["record"] for i in row["ids"]]
-    assert len(ids) == len(set(ids))
+    for table in ("record", "fixed"):
+        ids = [i for row in doc[table] for i in row["ids"]]
+        assert len(ids) == len(set(ids))
     used: set[str] = set()
-    for row in (*doc["record"], *doc["numbers"], *doc["subcalls"]):
+    for row in (*doc["record"], *doc["fixed"], *doc["numbers"], *doc["subcalls"]):
         spans = expand(tuple(row["releases"]))
         used |= set(row["cite"])
         forms = [expand(tuple(f["releases"])) for f in row.get("forms", ())]

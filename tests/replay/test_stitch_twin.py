@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xtrace.replay import links
 from xtrace.replay.stitch import Stitcher
 from xtrace.schema import EVENTS, empty
 
 RELEASE = "4.17.7"
+#: So few irets must have been seen before what follows one can be called fast; in earnest it is more.
+LANDINGS = 2
 ENTRIES = ("hypercall", "vmmcall")
 #: What decoding says of the few hypercalls used here, written down by hand (4.17.7, 64-bit).
 ELEMENT = {1: 16, 26: 24}
@@ -63,6 +68,8 @@ class Entry:
     call: int
     first: int | None  # seq of the call as issued; None: it was a continuation already
     returns: int
+    irets: int = 0  # since
+    rip: int | None = None
     subs: int = 0  # sub-calls since
     multi: int = 0  # 2: the sub-call that was preempted runs again
 
@@ -74,6 +81,7 @@ class Vcpu:
     owner: Entry | None = None  # call in progress
     last_sub: int | None = None  # op of the last sub-call
     again: bool = False  # the next sub-call is the one that was preempted
+    last: tuple[str, int, tuple[int, int], int, int] | None = None  # kind, op, at, tsc, pcpu of the last entry or return
     returns: int = 0
 
 
@@ -103,10 +111,34 @@ def follows(old: Entry, now: Entry, adjacent: bool) -> bool:
     return done > 0 and done % b.stride == 0 and ((adjacent and a.amount >= 64) or pointed)
 
 
+#: Hypercalls of the small set used here that may leave a continuation (4.17.7).
+MAY = (1, 12, 13, 20, 26, 36)
+
+
+def lands(old: Entry, now: Entry) -> bool:
+    """Say whether ``now``, which an iret led to, may be ``old`` again: nothing in them speaks against it."""
+    a, b = old.said, now.said
+    if old.at != now.at or old.returns != now.returns or a.kind != b.kind or a.number != b.number or old.irets != 1:
+        return False
+    if old.rip is not None and now.rip is not None and old.rip != now.rip:
+        return False
+    pointed = a.pointer is not None and b.pointer is not None
+    done = None if a.amount is None or b.amount is None else a.amount - b.amount
+    if done is not None and done < 0 and b.kind is not None:
+        return False
+    moved = 0 if b.kind in (None, "absolute") else (done or 0) * b.size
+    if pointed and done is not None and b.pointer - a.pointer != moved:  # type: ignore[operator]
+        return False
+    if done is None or done == 0 or b.kind is None:
+        return not b.marked and b.kind != "flagged"
+    return b.kind == "relative" and now.op != 13 and done % b.stride == 0
+
+
 def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], int]:
     """Return (seq, call, reentry) of each row, (seq, evidence, call, first) of the continuations, and the number of calls."""
     vcpus: dict[Any, Vcpu] = {}
-    calls = losses = 0
+    calls = losses = landings = 0
+    least = 1 << 64
     entries, found = [], []
     for row in rows:
         kind, op, seq = row["kind"], row["op"], row["seq"]
@@ -121,20 +153,36 @@ def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[
         owner = v.owner if v.owner is not None and v.owner.at == at else None
         said = read(row)
         call, again, evidence, first = None, False, None, None
+        soon = False
+        if kind in (*ENTRIES, "return"):
+            before, v.last = v.last, (kind, op, at, row["tsc"], row["pcpu"])
+            if before and before[0] in ENTRIES and before[1] == 23 and before[2] == at and before[4] == row["pcpu"]:
+                gap = row["tsc"] - before[3]
+                if gap > 0:
+                    landings, least = landings + 1, min(least, gap)
+                    soon = landings >= LANDINGS and gap // 4 <= least
         if kind in ENTRIES:
-            now = Entry(said, at, op, -1, None if said.marked else seq, v.returns)
-            old = v.by_op.get(op) if said.kind else None
-            if old is not None and follows(old, now, v.real is old):
+            now = Entry(said, at, op, -1, None if said.marked else seq, v.returns, rip=row["rip"])
+            old = v.by_op.get(op) if said.kind or op in MAY else None
+            if old is not None and soon and not (said.kind and follows(old, now, v.real is old)) and lands(old, now):
+                again = True
+                now.call, now.first = old.call, old.first
+            elif not said.kind:
+                now.call, calls = calls, calls + 1
+            elif old is not None and follows(old, now, v.real is old):
                 again = True
                 now.call, now.first = old.call, old.first
                 if op == 13:
                     now.multi = 2 if old.subs == old.said.amount - said.amount + 1 else 1  # type: ignore[operator]
             else:
                 now.call, calls = calls, calls + 1
-            if said.kind:
+            if said.kind or op in MAY:
                 v.by_op[op] = now
             if op != 23:
                 v.real = now
+            else:
+                for entry in v.by_op.values():
+                    entry.irets += 1
             v.owner = now
             if op == 13:
                 v.again = now.multi == 2
@@ -155,12 +203,13 @@ def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[
             v.owner, v.returns = None, v.returns + 1
         else:
             call = None if owner is None else owner.call
-            first = None if owner is None else owner.first
+            same = owner is not None and (owner.op == op or (owner.op, op) == (36, 49))
+            first = owner.first if owner is not None and same else None
             mine, insn = owner is not None and owner.op == op, row["on_insn"]
             if insn is not False:
                 if said.marked or (insn and mine):
                     evidence = "proved"
-                elif insn or mine:
+                elif insn or mine or (insn is None and row["rip"] is not None):
                     evidence = "inferred"
         entries.append((seq, call, again))
         if evidence:
@@ -175,9 +224,11 @@ def row(draw: st.DrawFn) -> dict[str, Any]:
     out |= {"kind": kind, "caller": "pv64", "pcpu": draw(st.integers(0, 1)), "segment": int(draw(st.integers(0, 19)) == 0)}
     who = draw(st.sampled_from([(0, 0), (0, 0), (0, 1), (3, 0), (None, None)]))
     out["domid"], out["vcpu"] = who
+    out["tsc"] = draw(st.sampled_from([0, 1, 2, 3, 4, 5, 9]))  # since the row before
     if kind == "lost":
         return out | {"op": 0x1F001, "result": 1}
-    op = draw(st.sampled_from([1, 12, 13, 13, 13, 20, 20, 20, 17, 23, 26, 36, 49]))
+    out["rip"] = draw(st.sampled_from([None, None, 0x1000, 0x2000]))
+    op = draw(st.sampled_from([1, 12, 12, 13, 13, 13, 20, 20, 20, 17, 23, 23, 23, 26, 36, 49]))
     if kind == "subcall":
         op = draw(st.sampled_from([1, 12, 12, 17]))
     out["op"] = op
@@ -200,15 +251,35 @@ def row(draw: st.DrawFn) -> dict[str, Any]:
     return out
 
 
+@st.composite
+def upcall(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """A call, one or two irets, and perhaps the same call again right behind."""
+    base = {"segment": 0, "pcpu": 0, "domid": 0, "vcpu": 0, "kind": "hypercall"}
+    first = draw(row().filter(lambda r: r["kind"] == "hypercall" and r["op"] in MAY)) | base
+    back = dict.fromkeys(EVENTS.names()) | base | {"caller": "pv64", "op": 23, "tsc": draw(st.integers(1, 3))}
+    other = draw(row()) | base | {"op": 17, "arg0": None, "arg1": None, "arg2": None}
+    again = draw(st.sampled_from([first, draw(row()) | base])) | {"tsc": draw(st.sampled_from([1, 2, 4, 9, 30]))}
+    between = draw(st.sampled_from([[back], [back], [back, back], [other, back], [back, other]]))
+    return [first, *between, again]
+
+
 def frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=EVENTS) if rows else empty(EVENTS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(links, "_LANDINGS", LANDINGS)
+        yield
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 @settings(max_examples=300, deadline=None)
-@given(rows=st.lists(row(), max_size=24))
+@given(rows=st.lists(row(), max_size=24) | st.lists(upcall(), max_size=6).map(lambda x: list(itertools.chain(*x))))
 def test_twin(size: int, rows: list[dict[str, Any]]) -> None:
-    rows = [r | {"seq": i, "offset": i, "tsc": 100 * i} for i, r in enumerate(rows)]
+    at = itertools.accumulate(r["tsc"] for r in rows)
+    rows = [r | {"seq": i, "offset": i, "tsc": t} for i, (r, t) in enumerate(zip(rows, at, strict=True))]
     entries, found, calls = slow(rows)
     stitcher = Stitcher(RELEASE)
     parts = [stitcher.feed(frame(rows[i : i + size])) for i in range(0, max(len(rows), 1), size)]

@@ -21,10 +21,12 @@ from xtrace.replay.hypervisor import Hypervisor
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy.typing as npt
+
     from xtrace.replay.hypervisor import Decoded
     from xtrace.replay.states import States
 
-__all__ = ("Step", "chain")
+__all__ = ("Step", "chain", "drive")
 
 _RESUMES = outcomes.CODE["resumes"]
 
@@ -86,14 +88,19 @@ def _walk(
             if last == states[-1][0]:
                 good = np.flatnonzero(v.outcome == _RESUMES)
                 if len(good):
-                    driven = _drive(xen, number, host, state.take(good))
+                    again = drive(xen, number, state.take(good))[1]
+                    driven = (host, again, xen.decode(number, again)) if len(again) else None
         if driven is not None:
             states.append(driven)
     return out
 
 
-def _drive(xen: Hypervisor, number: int, host: str, states: States) -> tuple[str, States, Decoded] | None:
-    """Let a host do some more of each call and preempt it again."""
+def drive(xen: Hypervisor, number: int, states: States) -> tuple[npt.NDArray[np.intp], States]:
+    """Let a host do one step more of each continuation that it goes on with, and preempt it again.
+
+    Returns:
+        The rows of which something is then left, and what it leaves of them.
+    """
     read = xen.decode(number, states)
     steps = np.zeros(len(states), np.uint64)
     for k, b in enumerate(read.behaviours):
@@ -106,7 +113,4 @@ def _drive(xen: Hypervisor, number: int, host: str, states: States) -> tuple[str
         # With no more to do than one step it is as good as done: nothing is left to preempt.
         steps[hit & ~more] = base[hit & ~more]
     keep = np.flatnonzero(steps > 0)
-    if not len(keep):
-        return None
-    again = xen.preempt(number, states.take(keep), steps[keep])
-    return host, again, xen.decode(number, again)
+    return keep, xen.preempt(number, states.take(keep), steps[keep])

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from xtrace.analyze import judging, outcomes, rules, surface, wording
-from xtrace.analyze.exposure import exit_bits, expose
+from xtrace.analyze.exposure import KINDS, caught, exit_bits, expose, that_count
 from xtrace.replay.states import States
 from xtrace.schema import ARGS, FINDINGS, empty
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import numpy.typing as npt
+
+    from xtrace.analyze.exposure import Exposure
 
 __all__ = ("Context", "Tally", "judge_continuations")
 
@@ -32,6 +34,7 @@ class Context:
         roles: role of each domain, as far as known.
         issuer: set to override what role and guard say (``decode``).
         chunk: rows judged at once, so that memory stays bounded; never changes a result.
+        migration: kinds of migration that were asked about; empty: all of them.
     """
 
     sources: Sequence[str]
@@ -40,25 +43,38 @@ class Context:
     roles: Mapping[int | None, str | None]
     issuer: str | None = None
     chunk: int = 1 << 17
+    migration: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
 class Tally:
-    """Outcome counts and exit bits for each target."""
+    """Outcome counts and exit bits for each target; ``by_kind``: bits if one kind of migration alone were asked about."""
 
     counts: dict[str, dict[str, int]]
     bits: dict[str, int]
+    by_kind: dict[str, dict[str, int]]
 
     @classmethod
     def of(cls, targets: Sequence[str]) -> Tally:
         """Start counting."""
-        return cls({t: {} for t in targets}, dict.fromkeys(targets, 0))
+        return cls({t: {} for t in targets}, dict.fromkeys(targets, 0), {t: dict.fromkeys(KINDS, 0) for t in targets})
 
-    def add(self, targets: Sequence[str], name: str, n: int, bits: int) -> None:
+    def add(self, targets: Sequence[str], name: str, n: int, bits: int, by_kind: Mapping[str, int]) -> None:
         """Count ``n`` continuations with one result."""
         for t in targets:
             self.counts[t][name] = self.counts[t].get(name, 0) + n
             self.bits[t] |= bits
+            for kind, more in by_kind.items():
+                self.by_kind[t][kind] |= more
+
+    def merge(self, other: Tally) -> None:
+        """Take over what another counted at the same targets."""
+        for t, bits in other.bits.items():
+            self.bits[t] |= bits
+            for kind, more in other.by_kind[t].items():
+                self.by_kind[t][kind] |= more
+            for name, n in other.counts[t].items():
+                self.counts[t][name] = self.counts[t].get(name, 0) + n
 
 
 @dataclass(slots=True)
@@ -122,15 +138,24 @@ def _judge_group(
     caveats = side.caveats()
     # Rows whose results are equal at every class of targets are handled together.
     columns = [(r.outcome.astype(np.int64) << 20) | (r.errno.astype(np.int64) << 1) | r.harmless for r in results]
-    keys = np.stack([*columns, caveats.astype(np.int64), side.guard_of.astype(np.int64)], axis=1)
+    settled = _not_parked(rows)
+    keys = np.stack([*columns, caveats.astype(np.int64), side.guard_of.astype(np.int64), settled.astype(np.int64)], axis=1)
     _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     parts = []
     for p, i in enumerate(first):
         members = np.flatnonzero(inverse.reshape(-1) == p)
         parts += _pattern(
-            rows, members, int(i), sides, side, results, outcomes.CAVEATS[caveats[i]], role, context, tally, everything
-        )
+            rows, members, int(i), sides, side, results, outcomes.CAVEATS[caveats[i]], role, context, tally, everything,
+            parked=False if settled[i] else None,
+        )  # fmt: skip
     return pl.concat(parts) if parts else empty(FINDINGS)
+
+
+def _not_parked(rows: pl.DataFrame) -> npt.NDArray[np.bool_]:
+    """Say which continuations are known not to be a sleeping task's; null (not known) counts like one that is."""
+    if "parked" not in rows.columns:
+        return np.zeros(len(rows), bool)
+    return (~rows.get_column("parked")).fill_null(value=False).to_numpy()
 
 
 def _agree(sides: list[judging.Side], targets: list[str], role: str | None, context: Context) -> _Result:
@@ -181,6 +206,7 @@ def _pattern(
     context: Context,
     tally: Tally,
     everything: bool,
+    parked: bool | None = None,
 ) -> list[pl.DataFrame]:
     """Make the findings of rows that share every result."""
     groups: dict[tuple[str, str | None, bool, bool], list[_Result]] = {}
@@ -192,7 +218,9 @@ def _pattern(
                 groups.setdefault(key, []).append(_Result(targets, r.judged, r.outcome, r.errno, r.harmless))
     part = rows[members]
     guard = side.guards[side.guard_of[i]]
-    exposure = expose(role, guard, side.caller)
+    exposure = expose(role, guard, side.caller, parked=parked)
+    seen_by = caught(exposure.kinds, context.migration)
+    shown = that_count(caveats, exposure.kinds, context.migration)
     if context.issuer is not None:
         issuer = context.issuer
     else:
@@ -203,21 +231,22 @@ def _pattern(
         targets = sorted((t for r in same for t in r.targets), key=order.__getitem__)
         clean = name == "resumes" or (name == "restarts" and harmless)
         proved = part.get_column("evidence") == "proved"
-        bits = [
-            exit_bits(name, harmless=harmless, caveats=bool(caveats), evidence=e, migrates=exposure.migrates)
-            for e in ("proved", "inferred")
-        ]
-        all_bits = (bits[0] if proved.any() else 0) | (bits[1] if not proved.all() else 0)
-        tally.add(targets, name if not (clean and caveats) else caveats[0], len(part), all_bits)
-        if clean and not caveats and not everything:
+        bits = [_bits(name, harmless, caveats, e, exposure, context.migration) for e in ("proved", "inferred")]
+        here = [e for e, some in (("proved", proved.any()), ("inferred", not proved.all())) if some]
+        alone = {kind: _any_bits(name, harmless, caveats, here, exposure, frozenset((kind,))) for kind in KINDS}
+        counted_as = name if not (clean and shown) else shown[0]
+        if not seen_by and not clean:
+            counted_as = "not_caught"
+        tally.add(targets, counted_as, len(part), _any_bits(name, harmless, caveats, here, exposure, context.migration), alone)
+        if clean and not shown and not everything:
             continue
-        code = rules.by_name().get(caveats[0] if clean and caveats else name, "")
+        code = rules.by_name().get(shown[0] if clean and shown else name, "")
         sources = [r for s in sides for r in [s.release]]
         judged = same[0].judged
         frame = part.select(
             pl.lit(code).alias("code"),
             pl.lit(name).alias("outcome"),
-            pl.lit(pl.Series([list(caveats)], dtype=pl.List(pl.String))).first().alias("caveats"),
+            pl.lit(pl.Series([list(shown)], dtype=pl.List(pl.String))).first().alias("caveats"),
             "evidence",
             pl.lit(issuer).alias("issuer"),
             pl.lit(exposure.migrates, dtype=pl.Boolean).alias("migrates"),
@@ -245,4 +274,27 @@ def _pattern(
         )
         frame = frame.with_columns(subop=pl.col("source_decode").struct.field("subop"))
         out.append(frame.with_columns(text=wording.sentence(name, harmless, targets)).select(FINDINGS.names()).cast(FINDINGS))
+    return out
+
+
+def _bits(name: str, harmless: bool, caveats: tuple[str, ...], evidence: str, exposure: Exposure, migration: frozenset[str]) -> int:
+    """Return the exit bits of one result, as far as the migrations asked about catch it."""
+    return exit_bits(
+        name,
+        harmless=harmless,
+        caveats=bool(that_count(caveats, exposure.kinds, migration)),
+        evidence=evidence,
+        migrates=exposure.migrates,
+        kinds=exposure.kinds,
+        migration=migration,
+    )
+
+
+def _any_bits(
+    name: str, harmless: bool, caveats: tuple[str, ...], evidence: Sequence[str], exposure: Exposure, migration: frozenset[str]
+) -> int:
+    """Return the exit bits of rows that differ in their evidence alone."""
+    out = 0
+    for e in evidence:
+        out |= _bits(name, harmless, caveats, e, exposure, migration)
     return out

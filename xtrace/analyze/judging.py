@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 
 from xtrace.analyze import outcomes
-from xtrace.analyze.exposure import expose
+from xtrace.analyze.exposure import expose, guard_of
 from xtrace.replay import facts
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.reading import MULTICALL, inner_states, null_reading, reading
@@ -38,7 +38,7 @@ class Side:
     states: States
     issued: States | None
     decoded: Decoded
-    guards: list[str | None]  # guard of each behaviour, and None at the end for rows without one
+    guards: list[str | None]  # guard that each behaviour proves as passed, and None at the end for rows without one
     inner: list[tuple[int, npt.NDArray[np.intp], Side]]
 
     @property
@@ -115,7 +115,9 @@ def read_source(release: str, caller: str, number: int, states: States, issued: 
     """Read continuations as the release that left them does."""
     states = _passed(release, caller, number, states)
     decoded = Hypervisor(release, caller).decode(number, states, issued)
-    side = Side(release, caller, number, states, issued, decoded, [*(b.guard for b in decoded.behaviours), None], [])
+    dispatch = decoded.hypercall.dispatch
+    guards = [*(guard_of(dispatch, b) for b in decoded.behaviours), None]
+    side = Side(release, caller, number, states, issued, decoded, guards, [])
     if number == MULTICALL:
         for op, rows, inside, mark in inner_states(states):
             if op == MULTICALL:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-__all__ = ("SEEN", "Surface", "collect", "judge", "merge", "of_the_set")
+__all__ = ("CODES", "SEEN", "Surface", "collect", "judge", "merge", "of_the_set")
 
 #: What is kept of the calls seen: one row for each domain, caller, hypercall and sub-operation.
 SEEN: Final = pl.Schema(
@@ -42,10 +42,12 @@ SEEN: Final = pl.Schema(
 
 def collect(entries: pl.DataFrame, index: int) -> pl.DataFrame:
     """Count the calls of one batch of stitched entries of input ``index``."""
-    calls = entries.select("domid", "caller", "op", "number", "arg0", "total", "offset", "kind", "reentry", "call").filter(
+    calls = entries.select(
+        "domid", "caller", "op", "number", "arg0", "total", "offset", "kind", "reentry", "call", "on_insn"
+    ).filter(
         (pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & ~pl.col("reentry"))
-        # A stopped vCPU whose call was not seen to begin shows that the call is made.
-        | ((pl.col("kind") == "sample") & pl.col("call").is_null())
+        # A stopped vCPU whose call was not seen to begin shows that the call is made, unless it stands elsewhere.
+        | ((pl.col("kind") == "sample") & pl.col("call").is_null() & pl.col("on_insn").fill_null(value=True))
     )
     return (
         calls.with_columns(
@@ -96,6 +98,16 @@ class Surface:
     breaking: tuple[str, ...]  # sub-operations (or the hypercall's name) of which some continuation breaks
     caveats: tuple[str, ...]
     unknown: tuple[str, ...]
+    suppressed: int | None = None  # number of the suppression that took it
+
+    @property
+    def open(self) -> bool:
+        """Say whether it counts: not safe, and not suppressed."""
+        return self.verdict != "safe" and self.suppressed is None
+
+
+#: Verdict -> code of its rule.
+CODES: Final = {"breaks": "XT020", "undecidable": "XT021", "unknown": "XT022"}
 
 
 def judge(

@@ -9,7 +9,12 @@ import polars as pl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ("sentence",)
+__all__ = ("sentence", "span")
+
+
+def span(targets: Sequence[str]) -> str:
+    """Return how a sentence names the releases it is about."""
+    return targets[0] if len(targets) == 1 else f"{targets[0]} to {targets[-1]}"
 
 
 def _field(side: str, key: str, default: str) -> pl.Expr:
@@ -44,7 +49,7 @@ def sentence(outcome: str, harmless: bool, targets: Sequence[str]) -> pl.Expr:
     Returns:
         An expression over frames with ``source_decode``, ``target_decode`` and ``errno``.
     """
-    target = targets[0] if len(targets) == 1 else f"{targets[0]} to {targets[-1]}"
+    target = span(targets)
     left = pl.concat_str(
         pl.when(_nested()).then(pl.lit("inside a multicall: ")).otherwise(pl.lit("")),
         _name("source_decode", "the call"),

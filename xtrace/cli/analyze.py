@@ -20,11 +20,26 @@ _BITS = {"break": 8, "review": 4, "incomplete": 16, "never": 0}
 
 
 def command(
+    context: typer.Context,
     traces: Annotated[list[str], typer.Argument(metavar="TRACE…", help="Traces of one host; - is standard input.")],
     source: From = None,
     to: Annotated[
         list[str] | None,
         typer.Option("--to", metavar="RELEASE", help="Release or series to judge against; several times for more."),
+    ] = None,
+    path: Annotated[
+        str | None,
+        typer.Option(
+            "--path", metavar="A,B,C", help="Hosts that the domains meet, the traced one first: judge every hop and the chain."
+        ),
+    ] = None,
+    migration: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--migration",
+            metavar="KIND",
+            help="cooperative, non_cooperative, live_update or fork_restore; several times for more. Others do not count.",
+        ),
     ] = None,
     caller: Callers = None,
     tsc_khz: TscKhz = None,
@@ -55,18 +70,25 @@ def command(
     """
     from xtrace.cli import options as shared
     from xtrace.cli.common import announce
+    from xtrace.cli.given import given
     from xtrace.errors import UsageError
 
     keep = _keep(fail_on)
     if format_ not in ("text", "json", "jsonl"):
         raise UsageError(f"--format {format_}: there are text, json and jsonl")
     callers = shared.parse_callers(caller)
+    if path is not None and to and _on_command_line(context, "to"):
+        raise UsageError("--path names the targets; leave out --to")
 
     from xtrace.pipeline import Options, analyze
     from xtrace.report import common, json, text
 
+    said = given(context)
     chosen = Options(
-        source=source, targets=tuple(to or ()), callers=callers, tsc_khz=tsc_khz, host_info=host_info,
+        suppressions=said.settings.suppressions, notes=said.notes(traces), said_by=said.origin("from"),
+        source=source, targets=() if path is not None else tuple(to or ()), callers=callers, migration=tuple(migration or ()),
+        path=() if path is None else tuple(path.split(",")),
+        tsc_khz=tsc_khz, host_info=host_info,
         input_format=input_format, one_recording=one_recording,
     )  # fmt: skip
     if follow:
@@ -115,6 +137,12 @@ def _follow(trace: str, chosen: Options, form: str, idle: float | None, output: 
         return follow(trace, chosen, found=live, idle=idle, stopped=stop.is_set)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _on_command_line(context: typer.Context, name: str) -> bool:
+    """Say whether an option was given there, not by a setting: that one makes way for another option."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _keep(fail_on: str) -> int:

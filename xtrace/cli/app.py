@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from xtrace.cli import abi, analyze, decode, explain, identify, ingest, replay, simulate, try_
+from xtrace.cli import abi, analyze, config, decode, explain, formats, identify, ingest, inspect, record, replay, simulate, try_
 
 __all__ = ("app", "run")
 
 app = typer.Typer(
     name="xtrace",
     help="Replay recorded Xen hypercalls and find the continuations that would break on another release.",
-    epilog="--model FILE.toml, with any command: a proposed hypervisor whose name can be given as a release (docs/models.md).",
+    epilog="--model FILE.toml, with any command: a proposed hypervisor whose name can be given as a release (docs/models.md). "
+    "--config FILE: take options and suppressions from it (docs/config.md; 'xtrace config' shows them).",
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
@@ -44,19 +45,26 @@ def _main(
     pass
 
 
-for module in (analyze, ingest, replay, identify, decode, try_, simulate, explain):
+for module in (analyze, inspect, record, ingest, replay, identify, decode, try_, simulate, explain, formats, config):
     app.command(module.NAME)(module.command)
 app.add_typer(abi.app, name=abi.NAME)
 
 
 def run(args: list[str] | None = None) -> int:
     """Run the command line; return the exit status (DESIGN §5)."""
+    from xtrace.cli.given import Given
     from xtrace.errors import XtraceError
 
+    given = Given()
     try:
-        code = app(args=_models(sys.argv[1:] if args is None else args), standalone_mode=False)
+        rest = _models(sys.argv[1:] if args is None else args)
+        rest, files = _taken(rest, "--config")
+        given = Given(files[-1] if files else None, off=bool({"-h", "--help"} & set(rest)))
+        code = app(args=rest, standalone_mode=False, obj=given, default_map=given)
+        given.tell()
         sys.stdout.flush()
     except XtraceError as exc:
+        given.tell()
         _say(str(exc))
         return exc.exit_bits
     except SystemExit as exc:
@@ -88,22 +96,37 @@ def _reader_went_away() -> int:
 
 def _models(args: list[str]) -> list[str]:
     """Load what ``--model FILE`` names, wherever it stands: a model is usable wherever a release is."""
+    rest, paths = _taken(args, "--model")
+    if paths:
+        from xtrace.replay.models import load
+
+        for path in paths:
+            load(path)
+    return rest
+
+
+def _taken(args: list[str], option: str) -> tuple[list[str], list[str]]:
+    """Take an option with a file out of a command line, wherever it stands before ``--``.
+
+    Returns:
+        The other arguments, and the files in order.
+    """
     rest: list[str] = []
+    files: list[str] = []
     it = iter(args)
     for arg in it:
         if arg == "--":
-            return [*rest, arg, *it]
-        if arg != "--model" and not arg.startswith("--model="):
+            return [*rest, arg, *it], files
+        if arg != option and not arg.startswith(option + "="):
             rest.append(arg)
             continue
         path = arg.partition("=")[2] if "=" in arg else next(it, None)
-        from xtrace.errors import UsageError
-        from xtrace.replay.models import load
-
         if not path:
-            raise UsageError("--model needs a FILE")
-        load(path)
-    return rest
+            from xtrace.errors import UsageError
+
+            raise UsageError(f"{option} needs a FILE")
+        files.append(path)
+    return rest, files
 
 
 def _click_status(exc: Exception) -> int | None:

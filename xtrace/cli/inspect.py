@@ -19,6 +19,9 @@ def command(
         list[str] | None,
         typer.Option("--to", metavar="RELEASE", help="Release or series to judge against; several times for more."),
     ] = None,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Search the guest's memory for tasks that sleep inside a hypercall, too.")
+    ] = False,
     format_: Annotated[str, typer.Option("--format", metavar="text|json", help="Form of the report.")] = "text",
     output: Output = None,
     fail_on: Annotated[
@@ -40,7 +43,7 @@ def command(
     from xtrace.report import inspect_json, inspect_text
     from xtrace.report.common import clean
 
-    found = inspect(image, Options(source=source, targets=tuple(to or ())))
+    found = inspect(image, Options(source=source, targets=tuple(to or ())), tasks=tasks)
     for error in found.result.failed:
         print(f"xtrace: {clean(str(error))}", file=sys.stderr)
     with options.opened(output) as out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from xtrace.image.base import PAGE, Damaged
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
     from xtrace.image.base import File
@@ -72,6 +75,31 @@ class Pages:
 
     def __len__(self) -> int:
         return len(self.pfns)
+
+    def blocks(self, n: int = 512) -> Iterator[tuple[I64, npt.NDArray[np.uint8]]]:
+        """Yield all pages, in the order of the file: their frame numbers and their contents, at most n pages at a time.
+
+        Pages that a cut image does not hold are left out.
+        """
+        order = np.argsort(self.offsets, kind="stable")
+        for start in range(0, len(order), n):
+            part = order[start : start + n]
+            at = self.offsets[part]
+            out = np.zeros((len(part), PAGE), np.uint8)
+            kept = np.ones(len(part), bool)
+            # Pages that stand behind each other are read at once.
+            edges = np.flatnonzero(np.diff(at) != PAGE) + 1
+            for a, b in pairwise((0, *edges.tolist(), len(part))):
+                try:
+                    data = self._file.read(int(at[a]), (b - a) * PAGE, "a page")
+                except Damaged:
+                    kept[a:b] = False
+                    continue
+                out[a:b] = np.frombuffer(data, np.uint8).reshape(-1, PAGE)
+            if kept.all():
+                yield self.pfns[part], out
+            elif kept.any():
+                yield self.pfns[part[kept]], out[kept]
 
     def page(self, pfn: int) -> bytes | None:
         """Return the contents of a frame, or None where the image has none."""

@@ -29,9 +29,9 @@ def _flags(*names: str) -> NDArray[np.bool_]:
 
 
 #: Records after which another vCPU, or none, runs on the pCPU.
-_WHO: Final = _flags("runs", "stops", "switch", "lost")
+_WHO: Final = _flags("runs", "stops", "switch", "lost", "gap")
 #: Records that end what a VM exit says about the next VMMCALL: the guest ran again, or something is missing.
-_CHAIN: Final = _flags("exit32", "exit64", "exit_81003", "exit_other", "entry", "runs", "stops", "switch", "lost")
+_CHAIN: Final = _flags("exit32", "exit64", "exit_81003", "exit_other", "entry", "runs", "stops", "switch", "lost", "gap")
 
 #: Exit reasons of a hypercall: VMX EXIT_REASON_VMCALL, SVM VMEXIT_VMMCALL.
 _VMCALL: Final = 0x12
@@ -81,11 +81,15 @@ class Pcpus:
         self.who = np.zeros(count, dtype=np.uint32)  # packed
         self.known = np.zeros(count, dtype=np.bool_)
         self.exit = np.zeros((count, 6), dtype=np.uint32)  # code of the last chain record, its word count, four words
+        self.before: NDArray[np.uint64] = np.zeros(0, dtype=np.uint64)
         self.first_tsc: int | None = None
         self.last_tsc: int | None = None
 
     def times(self, b: Batch) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.bool_]]:
-        """Give each row its TSC, its segment, and whether there was any TSC yet; records without TSC inherit."""
+        """Give each row its TSC, its segment, and whether there was any TSC yet; records without TSC inherit.
+
+        ``before`` is then the TSC before each gap row, in their order (its own if its pCPU had none).
+        """
         raw = np.empty((len(b.pos), 2), dtype=np.uint32)
         raw[:, 0] = b.words[1:].take(b.pos)
         raw[:, 1] = b.words[2:].take(b.pos)
@@ -97,6 +101,7 @@ class Pcpus:
         steps = self._steps(tsc, starts, owner)
 
         rows = b.rows
+        self._before(b, tsc, blank)
         every = len(rows) == len(tsc)
         out = tsc if every else tsc.take(rows)
         sure = np.ones(len(rows), dtype=np.bool_)
@@ -110,6 +115,21 @@ class Pcpus:
             self._note(b, tsc, timed)
             self.tsc[owner] = tsc[b.bounds[1:][filled] - 1]
         return out, seg, sure
+
+    def _before(self, b: Batch, tsc: NDArray[np.uint64], blank: NDArray[np.bool_] | None) -> None:
+        """Note the TSC before each gap."""
+        gaps = np.flatnonzero(b.code == _CODE["gap"])
+        if not len(gaps) and not len(self.before):
+            return
+        at, group = b.rows[gaps], b.group[gaps]
+        owner = b.pcpus[group]
+        carried = np.where(self.timed[owner], self.tsc[owner], tsc[at])
+        inside = at > b.bounds[group]
+        last = np.maximum(at - 1, 0)
+        if blank is not None:
+            carried = np.where(inside & blank[last], tsc[at], carried)
+            inside &= ~blank[last]
+        self.before = np.where(inside, tsc[last], carried)
 
     def _inherit(self, b: Batch, tsc: NDArray[np.uint64], timed: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
         """Give records without TSC the one before; return which have none before them at all (None: every one has)."""
@@ -232,6 +252,8 @@ class Pcpus:
         known = (wide & (extra >= 3 + shift)) | (narrow & (extra >= 2 + shift))
         known &= (reason == _VMCALL) | (reason == _VMMCALL)
         rip = low | np.where(wide, high << np.uint64(32), np.uint64(0))
-        # 3.3.0 writes the 64-bit form for every guest, so the form proves the guest's mode only from 3.4.0 on.
+        # 3.3.0 writes the 64-bit form for every guest (as 3.1 has one form only), so the form proves the guest's mode only from
+        # 3.4.0 on; before, an address that 32 bits cannot hold does.
         mode = np.where(known & ~dom_word, np.where(wide, HVM64, HVM32), 0).astype(np.uint8)
+        mode[known & (rip > np.uint64(0xFFFFFFFF))] = HVM64
         return rip, known, mode

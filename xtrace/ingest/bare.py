@@ -20,20 +20,35 @@ and is 0 when they are issued.
 
 from __future__ import annotations
 
-import re
-import tomllib
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import polars as pl
 
 from xtrace import schema
-from xtrace.ingest.base import Domain, Ledger, Observed, ReadOptions
+from xtrace.ingest.bare_fast import samples
+from xtrace.ingest.bare_lines import (
+    CONT32,
+    CONT64,
+    GUESTS,
+    HIGH_VCPU,
+    MHZ,
+    REST32,
+    REST64,
+    SNIFF_CALL,
+    SNIFF_START,
+    START,
+    VCALL,
+    VCALL_WORD,
+    WORD,
+    Guest,
+)
+from xtrace.ingest.bare_memory import PDONE_OPS, named
+from xtrace.ingest.bare_merge import merged
+from xtrace.ingest.base import Domain, Ledger, Observed, ReadOptions, Shows
 from xtrace.ingest.clock import nanoseconds
-from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks, magnitudes
+from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks, magnitudes, raw_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,65 +57,6 @@ if TYPE_CHECKING:
 
 __all__ = ("READER",)
 
-_N: Final = r"(0x[0-9a-fA-F]{1,16}|[0-9]{1,20})"
-_HIGH_VCPU: Final = 63
-_WORD: Final = r"^(CALL32|CALLH|CALL|CONT32|CONTH|CONT|V(?:[1-9]|[1-5][0-9]|6[0-3])CALL)(?:[ \r]|$)"
-_START: Final = r"^BARE(?:32| PVH64)? start xen=(\S+)(?: \S+)*? hcall_insn=(0x[0-9a-fA-F]{1,16})(?:[ \r]|$)"
-_MHZ: Final = r"^\(XEN\) (?:\[[^\]]*\] )?Detected ([0-9]{1,6})\.([0-9]{3}) MHz processor"
-_SNIFF_START: Final = re.compile(rb"(?m)^BARE(?:32| PVH64)? start xen=")
-_SNIFF_CALL: Final = re.compile(rb"(?m)^CALL(?:32|H)? xen=\S+ n=[0-9]+ name=")
-
-_REGS64: Final = ("rdi", "rsi", "rdx", "r10")
-_REGS32: Final = ("ebx", "ecx", "edx", "esi")
-
-
-def _fields(names: tuple[str, ...]) -> str:
-    return "".join(f" {name}={_N}" for name in names)
-
-
-def _call(word: str, regs: tuple[str, ...]) -> str:
-    return (
-        rf"^{word} xen=(\S+) n=([0-9]{{1,18}}) name=.*? mode=\S+ op={_N}{_fields(regs)}"
-        rf" ret=(-?[0-9]{{1,19}}) retraw=\S+ pdone={_N} samples=([0-9]{{1,18}}) tsc={_N}-{_N}\s*$"
-    )
-
-
-def _cont(word: str, regs: tuple[str, ...], rest: tuple[str, ...]) -> str:
-    # What follows the arguments (other registers) must be there, but no event has a place for it.
-    other = "".join(rf" {name}=\S+" for name in rest)
-    return rf"^{word} n=([0-9]{{1,18}}) i=[0-9]+ tsc={_N}{_fields(regs)}{other} pdone={_N} mem=([0-9a-fA-Fx,]+)\s*$"
-
-
-_CONT64: Final = ("rip", "rax", "rdi", "rsi", "rdx", "r10", "r8", "r9")
-_CONT32: Final = ("eip", "eax", "ebx", "ecx", "edx", "esi", "edi")
-_REST64: Final = ("rcx", "r11", "rbx", "rbp", "cs", "rflags")
-_REST32: Final = ("ebp", "cs", "eflags")
-
-
-@dataclass(frozen=True, slots=True)
-class _Guest:
-    """One of the three guests: the words its lines begin with, and what they prove."""
-
-    caller: str
-    domid: int
-    role: str
-    kind: str
-    call: str
-    cont: str
-    arch: str | None
-    word_bytes: int
-
-
-#: What follows CALL or CONT -> guest. A PV guest runs as dom0, the PVH guest as the first domU (console "(d1)").
-_GUESTS: Final = {
-    "": _Guest("pv64", 0, "control", "hypercall", _call("CALL", _REGS64), _cont("CONT", _CONT64, _REST64), "x86_64", 8),
-    "32": _Guest("pv32", 0, "control", "hypercall", _call("CALL32", _REGS32), _cont("CONT32", _CONT32, _REST32), None, 4),
-    "H": _Guest("hvm64", 1, "guest", "vmmcall", _call("CALLH", _REGS64), _cont("CONTH", _CONT64, _REST64), "x86_64", 8),
-}
-_VCALL: Final = rf"^V([0-9]+)CALL op={_N} n={_N} ret=(-?[0-9]{{1,19}}) tsc={_N}-{_N}\s*$"
-
-#: mmu_update and mmuext_op count what is done at the address in their third argument.
-_PDONE_OPS: Final = (1, 26)
 #: Calls whose second argument is a count: mmu_update, multicall, mmuext_op.
 _COUNT_OPS: Final = (1, 13, 26)
 
@@ -120,44 +76,8 @@ _ROWS: Final = pl.Schema(
 )
 
 
-@cache
-def _layouts() -> tuple[tuple[int, tuple[int, ...], int, tuple[tuple[str, int, int, int], ...], int], ...]:
-    """Return (op, commands, bytes a word, fields as (name, word, shift, bits), words needed) per structure."""
-    text = files("xtrace.ingest").joinpath("layouts", "bare_structs.toml").read_text(encoding="utf-8")
-    out = []
-    for table in tomllib.loads(text).values():
-        for width in (8, 4):
-            words = table.get(f"words{width}")
-            if words is None:
-                continue
-            fields: list[tuple[str, int, int, int]] = []
-            for index, word in enumerate(words):
-                shift = 0
-                for item in word.split():
-                    name, bits = item.split(":")
-                    fields.append((name, index, shift, int(bits)))
-                    shift += int(bits)
-            out.append((int(table["op"]), tuple(table.get("commands", ())), width, tuple(fields), len(words)))
-    return tuple(out)
-
-
 def _item(name: str, value: pl.Expr) -> pl.Expr:
     return pl.struct(pl.lit(name).alias("field"), value.cast(pl.UInt64).alias("value"))
-
-
-def _memory() -> pl.Expr:
-    """Name the words of ``mem`` (list of String) for rows with op, cmd (as issued), width and pdone."""
-    cases = [pl.when(pl.col("op").is_in(_PDONE_OPS)).then(pl.concat_list(_item("pdone", pl.col("pdone"))))]
-    for op, commands, width, fields, needed in _layouts():
-        items = []
-        for name, index, shift, bits in fields:
-            value = magnitudes(pl.col("mem").list.get(index, null_on_oob=True)) // (1 << shift)
-            items.append(_item(name, value if bits == 64 else value % (1 << bits)))
-        here = (pl.col("op") == op) & (pl.col("width") == width) & (pl.col("mem").list.len() >= needed)
-        if commands:
-            here &= pl.col("cmd").is_in(commands)
-        cases.append(pl.when(here).then(pl.concat_list(items)))
-    return pl.coalesce(cases)  # at most one case applies
 
 
 @dataclass(slots=True)
@@ -195,7 +115,7 @@ class _Bare:
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS`` in order of TSC; each vCPU's own rows stay in the order of its lines."""
-        for rows in _merge([self._rows(vcpu) for vcpu in self._vcpus()]):
+        for rows in merged([self._rows(vcpu) for vcpu in self._vcpus()]):
             yield from self._events(rows).iter_slices(self._options.batch_rows)
         if self.observed.release is None:
             self.observed.release = self._call_release
@@ -205,15 +125,18 @@ class _Bare:
 
     def _vcpus(self) -> list[int]:
         found = {0}
-        for block in line_blocks(self._source.file, 1 << 22):
-            numbers = block.text.str.extract(r"^V([0-9]{1,2})CALL ", 1).drop_nulls().unique()
-            found.update(v for v in map(int, numbers) if 0 < v <= _HIGH_VCPU)
+        for raw, *_ in raw_blocks(self._source.file, 1 << 22):
+            data = np.frombuffer(raw, dtype=np.uint8)
+            begin = np.append(0, np.flatnonzero(data == 0x0A)[:-1] + 1)
+            for at in begin[data[begin] == 0x56].tolist() if len(raw) else ():  # "V"
+                if (m := VCALL_WORD.match(raw, at)) and 0 < int(m[1]) <= HIGH_VCPU:
+                    found.add(int(m[1]))
         return sorted(found)
 
     # -- one vCPU ----------------------------------------------------------------------------------------------
 
     def _rows(self, vcpu: int) -> Iterator[pl.DataFrame]:
-        """Yield the rows of one vCPU in order, with the keys of `_merge`; the pass of vCPU 0 also fills the ledger."""
+        """Yield the rows of one vCPU in order, with the keys of `bare_merge.merged`; the pass of vCPU 0 also fills the ledger."""
         state = _Pass(vcpu)
         for block in line_blocks(self._source.file, block_bytes(self._options)):
             rows = self._block(block, state)
@@ -236,7 +159,7 @@ class _Bare:
     def _block(self, block: LineBlock, state: _Pass) -> pl.DataFrame:
         """Turn the lines of one block into rows of the pass's vCPU, sorted by ``pos``."""
         frame = pl.DataFrame({"text": block.text, "line": block.line, "offset": block.offset, "size": block.size})
-        frame = frame.with_columns(word=pl.col("text").str.extract(_WORD, 1))
+        frame = frame.with_columns(word=pl.col("text").str.extract(WORD, 1))
         main = state.vcpu == 0
         if main:
             self._unused(frame, block)
@@ -252,8 +175,8 @@ class _Bare:
             rows, _ = self._vcalls(frame.filter(word=f"V{state.vcpu}CALL"), state.vcpu)
             return rows
         _, refused = self._vcalls(frame.filter(pl.col("word").str.starts_with("V")), None)
-        calls = [self._calls(frame.filter(word="CALL" + key), guest) for key, guest in _GUESTS.items()]
-        conts = [self._conts(frame.filter(word="CONT" + key), guest) for key, guest in _GUESTS.items()]
+        calls = [self._calls(frame.filter(word="CALL" + key), guest) for key, guest in GUESTS.items()]
+        conts = [self._conts(frame.filter(word="CONT" + key), block, guest) for key, guest in GUESTS.items()]
         refused += [bad for _, bad in calls + conts]
         self._refuse(pl.concat(refused))
         return self._group(
@@ -264,6 +187,7 @@ class _Bare:
 
     def _unused(self, frame: pl.DataFrame, block: LineBlock) -> None:
         ledger = self.ledger
+        ledger.lines += len(frame) + len(block.long)
         ledger.noise_lines += int(frame["word"].is_null().sum())
         ledger.skipped_lines += len(block.long)
         for offset, line, size in block.long:
@@ -280,14 +204,14 @@ class _Bare:
         other = frame.filter(pl.col("word").is_null())
         starts = (
             other.filter(pl.col("text").str.starts_with("BARE"))
-            .select("line", "offset", groups=pl.col("text").str.extract_groups(_START))
+            .select("line", "offset", groups=pl.col("text").str.extract_groups(START))
             .unnest("groups")
             .drop_nulls("1")
             .select("line", "offset", xen="1", insn=magnitudes(pl.col("2")))
         )
         rates = (
             other.filter(pl.col("text").str.starts_with("(XEN)"))
-            .select("line", groups=pl.col("text").str.extract_groups(_MHZ))
+            .select("line", groups=pl.col("text").str.extract_groups(MHZ))
             .unnest("groups")
             .drop_nulls("1")
             .select("line", khz=pl.col("1").cast(pl.UInt64) * 1000 + pl.col("2").cast(pl.UInt64))
@@ -314,7 +238,7 @@ class _Bare:
                     self._notes.append((line, offset, text))
         return frame
 
-    def _calls(self, frame: pl.DataFrame, guest: _Guest) -> tuple[pl.DataFrame, pl.DataFrame]:
+    def _calls(self, frame: pl.DataFrame, guest: Guest) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Read CALL lines of one guest; return what is understood (columns below) and the lines that are not."""
         numbers = dict(
             zip(("op", "arg0", "arg1", "arg2", "arg3", "pdone", "t0", "t1"), ("3", "4", "5", "6", "7", "9", "11", "12"),
@@ -334,13 +258,22 @@ class _Bare:
             "line", "offset", "boot", "khz", "n", "said", "result", *numbers, "domid", "caller", "kind"
         ), bad  # fmt: skip
 
-    def _conts(self, frame: pl.DataFrame, guest: _Guest) -> tuple[pl.DataFrame, pl.DataFrame]:
+    def _conts(self, frame: pl.DataFrame, block: LineBlock, guest: Guest) -> tuple[pl.DataFrame, pl.DataFrame]:
         """Read CONT lines of one guest, as `_calls` does."""
         names = ["tsc", "rip", "op", *schema.ARGS[: 6 if guest.word_bytes == 8 else 5], "pdone"]
         numbers = {name: str(i) for i, name in enumerate(names, start=2)}
-        out = _parsed(frame, guest.cont, numbers).with_columns(
-            n=pl.col("1").cast(pl.Int64, strict=False), mem=pl.col(str(len(names) + 2)).str.split(",")
+        regs, rest = (CONT64, REST64) if guest.word_bytes == 8 else (CONT32, REST32)
+        keys = ("n", "i", "tsc", *regs, *rest, "pdone", "mem")
+        wanted = ("tsc", *regs, "pdone")
+        plain, taken = samples(block.raw, (frame["offset"] - block.base).to_numpy(), keys, wanted)
+        plain = plain.rename(dict(zip(wanted, names, strict=True)))
+        head = ("line", "offset", "size", "word", "boot", "insn", "khz")
+        plain = pl.concat([frame.filter(pl.Series(taken, dtype=pl.Boolean)).select(head), plain], how="horizontal")
+        other = _parsed(frame.filter(~pl.Series(taken, dtype=pl.Boolean)), guest.cont, numbers).with_columns(
+            n=pl.col("1").cast(pl.Int64, strict=False),
+            mem=pl.col(str(len(names) + 2)).str.split(",").list.eval(magnitudes(pl.element())),
         )
+        out = plain if not len(other) else pl.concat([plain, other.select(plain.columns)]).sort("line")
         out, bad = _judged(out, ("n", *numbers))
         if "arg5" not in numbers:
             out = out.with_columns(arg5=pl.lit(None, pl.UInt64))
@@ -354,12 +287,12 @@ class _Bare:
     def _vcalls(self, frame: pl.DataFrame, vcpu: int | None) -> tuple[pl.DataFrame, list[pl.DataFrame]]:
         """Read VnCALL lines; return the rows of ``vcpu`` (two a line) or, when it is null, the lines not understood."""
         numbers = {"op": "2", "count": "3", "t0": "5", "t1": "6"}
-        out = _parsed(frame, _VCALL, numbers).with_columns(result=pl.col("4").cast(pl.Int64, strict=False))
+        out = _parsed(frame, VCALL, numbers).with_columns(result=pl.col("4").cast(pl.Int64, strict=False))
         out, bad = _judged(out, ("result", *numbers))
         if vcpu is None:
             return out, [bad]
         # Only the 64-bit guest has further vCPUs, and its lines say no more than this.
-        out = _guested(out, _GUESTS[""]).with_columns(vcpu=pl.lit(vcpu, pl.UInt32))
+        out = _guested(out, GUESTS[""]).with_columns(vcpu=pl.lit(vcpu, pl.UInt32))
         first = out.with_columns(
             pos=pl.col("line") * 2,
             tsc="t0",
@@ -369,7 +302,7 @@ class _Bare:
         last = out.with_columns(pos=pl.col("line") * 2 + 1, tsc="t1", kind=pl.lit("return", schema.EVENTS["kind"]))
         return pl.concat([self._shaped(first), self._shaped(last)]).sort("pos"), []
 
-    def _see(self, guest: _Guest) -> None:
+    def _see(self, guest: Guest) -> None:
         self.observed.domains.setdefault(guest.domid, Domain(guest.caller, guest.role))
         self.observed.arch = self.observed.arch or guest.arch
 
@@ -394,7 +327,7 @@ class _Bare:
         self.ledger.problems_dropped += max(0, len(strays) - Ledger.KEEP)
         self._check_counts(calls, np.bincount(owner[conts["mine"].to_numpy()], minlength=len(calls) + 1), state)
 
-        pdone = pl.col("op").is_in(_PDONE_OPS)
+        pdone = pl.col("op").is_in(PDONE_OPS)
         first = calls.with_columns(
             pos=pl.col("line") * 2,
             tsc="t0",
@@ -405,7 +338,7 @@ class _Bare:
             pos=pl.col("line") * 2,
             kind=pl.lit("sample", schema.EVENTS["kind"]),
             on_insn=pl.col("rip") == pl.col("insn"),
-            memory=_memory(),
+            memory=named(conts),
         )
         last = calls.select(
             "line", "offset", "boot", "khz", "op", "result", "domid", "caller",
@@ -500,7 +433,7 @@ def _judged(frame: pl.DataFrame, needed: tuple[str, ...]) -> tuple[pl.DataFrame,
     return frame.filter(good), frame.filter(~good).select("word", "line", "offset")
 
 
-def _guested(frame: pl.DataFrame, guest: _Guest) -> pl.DataFrame:
+def _guested(frame: pl.DataFrame, guest: Guest) -> pl.DataFrame:
     return frame.with_columns(
         domid=pl.lit(guest.domid, pl.UInt16),
         caller=pl.lit(guest.caller, schema.EVENTS["caller"]),
@@ -510,7 +443,7 @@ def _guested(frame: pl.DataFrame, guest: _Guest) -> pl.DataFrame:
 
 
 def _keyed(rows: pl.DataFrame, state: _Pass) -> pl.DataFrame:
-    """Add the keys by which `_merge` orders: never falling within one vCPU, so that its rows keep their order."""
+    """Add the keys by which `bare_merge.merged` orders: never falling within one vCPU, so that its rows keep their order."""
     boot, top = state.top
     rows = rows.with_columns(boot=pl.col("boot").clip(lower_bound=boot).cum_max()).with_columns(
         top=pl.max_horizontal("tsc", pl.when(pl.col("boot") == boot).then(pl.lit(top, pl.UInt64)).otherwise(0))
@@ -522,47 +455,32 @@ def _keyed(rows: pl.DataFrame, state: _Pass) -> pl.DataFrame:
     return rows
 
 
-def _merge(streams: list[Iterator[pl.DataFrame]]) -> Iterator[pl.DataFrame]:
-    """Merge streams that are each ordered by (boot, top) into one such order; equal keys go by vCPU."""
-    keys = ("boot", "top", "rank")
-    held: list[pl.DataFrame | None] = [None] * len(streams)
-    open_ = [True] * len(streams)
-    while True:
-        for i, stream in enumerate(streams):
-            if open_[i] and held[i] is None:
-                held[i] = next(stream, None)
-                open_[i] = held[i] is not None
-        ready = [frame for frame in held if frame is not None]
-        if not ready:
-            return
-        # Of every stream that may go on, something is held: what is not above the lowest of their last keys is final.
-        ends = [frame.select(keys).row(-1) for i, frame in enumerate(held) if frame is not None and open_[i]]
-        boot, top, rank = min(ends)
-        final = (
-            (pl.col("boot") < boot)
-            | ((pl.col("boot") == boot) & (pl.col("top") < pl.lit(top, pl.UInt64)))
-            | ((pl.col("boot") == boot) & (pl.col("top") == pl.lit(top, pl.UInt64)) & (pl.col("rank") <= rank))
-        )
-        out = []
-        for i, frame in enumerate(held):
-            if frame is not None:
-                out.append(frame.filter(final))
-                rest = frame.filter(~final)
-                held[i] = rest if len(rest) else None
-        yield pl.concat(out).sort(keys, maintain_order=True)
-
-
 class _Reader:
     """Console output of the bare guests; see `Reader`."""
 
     name = "bare"
     title = "output of the bare test guests (CALL and CONT lines)"
+    shows = Shows(
+        op="yes",
+        subop="yes",
+        arguments="yes, up to four as issued; all in samples",
+        rip="samples only",
+        who="yes",
+        time="yes, TSC",
+        memory="the words behind a sample",
+        result="yes",
+        proved="registers of samples, which stand on the instruction of a recorded call",
+        unobservable="re-entries between samples",
+        registers={"*": (0, 1, 2, 3)},
+        samples=True,
+        fields=True,
+    )
 
     def sniff(self, head: bytes) -> int:
         """Say how sure this reader is: 95 for a BARE start line, 85 for a CALL line."""
-        if _SNIFF_START.search(head):
+        if SNIFF_START.search(head):
             return 95
-        return 85 if _SNIFF_CALL.search(head) else 0
+        return 85 if SNIFF_CALL.search(head) else 0
 
     def open(self, source: Source, options: ReadOptions) -> _Bare:
         """Open ``source``; nothing is read before the batches are."""

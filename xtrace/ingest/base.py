@@ -44,6 +44,7 @@ class Ledger:
     skipped_lines: int = 0  # text: lines that look like records and are not understood
     noise_lines: int = 0  # text: lines that are something else (console output)
     unattributed: int = 0  # hypercall records whose domain and vCPU are unknown
+    nameless: int = 0  # entries whose hypercall's number the input does not hold
     truncated: bool = False  # the input ends inside a record or window
     problems: list[Problem] = field(default_factory=list)  # the first few, with their place
     problems_dropped: int = 0

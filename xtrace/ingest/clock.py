@@ -36,6 +36,13 @@ class Clock:
             segments, raised by one where the TSC is below the group's previous one.
         """
         frame = pl.DataFrame({"group": self._bounded(group), "tsc": tsc})
+        if not tsc.null_count() and tsc.is_sorted() and not frame["group"].null_count():
+            # The usual case of text in time order: only the first row of a group can step back.
+            frame = frame.join(self._last, on="group", how="left", maintain_order="left")
+            if not (frame["tsc"] < frame["last"]).any():
+                frame = frame.with_columns(segment=pl.col("base").fill_null(0))
+                return frame["tsc"], self._keep(frame)
+            frame = frame.select("group", "tsc")
         frame = (
             frame.join(self._last, on="group", how="left", maintain_order="left")
             .with_columns(tsc=pl.coalesce(pl.col("tsc").forward_fill().over("group"), "last"))
@@ -43,9 +50,13 @@ class Clock:
             .with_columns(step=(pl.col("tsc") < pl.col("before")).fill_null(value=False).cast(pl.UInt32))
             .with_columns(segment=(pl.col("step").cum_sum().over("group") + pl.col("base").fill_null(0)).cast(pl.UInt32))
         )
+        return frame["tsc"], self._keep(frame)
+
+    def _keep(self, frame: pl.DataFrame) -> pl.Series:
+        """Remember where each group stands; return the segments."""
         now = frame.select("group", last="tsc", base="segment")
         self._last = pl.concat([self._last, now]).unique("group", keep="last", maintain_order=True)
-        return frame["tsc"], frame["segment"]
+        return frame["segment"]
 
     def _bounded(self, group: pl.Series) -> pl.Series:
         seen = self._last["group"]

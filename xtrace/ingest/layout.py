@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ("ACTIONS", "BAD", "Layout", "load")
 
-#: What the reader can do with a record. The position in this tuple is the code used in columns; 0 = only count it.
+#: What the reader can do with a record. The position in this tuple is the code used in columns; 0 = only count it. "gap" is
+#: no record: the reader puts it where damage may have cost some.
 ACTIONS: Final = (
     "count",
     "bad",
@@ -36,6 +37,7 @@ ACTIONS: Final = (
     "exit_81003",
     "exit_other",
     "entry",
+    "gap",
 )
 
 #: Code of an event id that no Xen can have written.

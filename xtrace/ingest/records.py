@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 __all__ = ("Rows", "Tally", "concat", "extract", "frame", "take", "tally")
 
 #: Extracted events as columns of equal length. Always: segment, tsc, pcpu (dense), offset, code, flags, extra, who,
-#: w0, w1, w2. Only where needed (0 elsewhere): w3 to w6, rip, mode.
+#: w0, w1, w2. Only where needed (0 elsewhere): w3 to w6, rip, mode, since.
 Rows = dict[str, "NDArray[Any]"]
 
 _CODE: Final = {name: code for code, name in enumerate(ACTIONS)}
 _V1_32, _V1_64, _V2, _SUBCALL = (_CODE[n] for n in ("v1_32", "v1_64", "v2", "subcall"))
-_VMMCALL, _SHUTDOWN, _LOST = (_CODE[n] for n in ("vmmcall", "shutdown", "lost"))
+_VMMCALL, _SHUTDOWN, _LOST, _GAP = (_CODE[n] for n in ("vmmcall", "shutdown", "lost", "gap"))
 
 _CALL: Final = np.isin(np.arange(len(ACTIONS)), [_V1_32, _V1_64, _V2, _SUBCALL, _VMMCALL])
-_EVENT: Final = _CALL | np.isin(np.arange(len(ACTIONS)), [_SHUTDOWN, _LOST])
+_EVENT: Final = _CALL | np.isin(np.arange(len(ACTIONS)), [_SHUTDOWN, _LOST, _GAP])
 _KIND: Final = np.zeros(len(ACTIONS), dtype=np.uint8)
 for _code, _kind in (
     (_V1_32, "hypercall"),
@@ -40,10 +40,11 @@ for _code, _kind in (
     (_VMMCALL, "vmmcall"),
     (_SHUTDOWN, "suspend"),
     (_LOST, "lost"),
+    (_GAP, "lost"),
 ):
     _KIND[_code] = KINDS.index(_kind)
 
-_OTHER: Final = np.isin(np.arange(len(ACTIONS)), [_SHUTDOWN, _LOST])
+_OTHER: Final = np.isin(np.arange(len(ACTIONS)), [_SHUTDOWN, _LOST, _GAP])
 
 #: SHUTDOWN_suspend (``RELEASE-4.22.0:xen/include/public/sched.h``).
 _SUSPEND: Final = 2
@@ -52,6 +53,7 @@ _SUSPEND: Final = 2
 _TIMED: Final = 1
 _KNOWN: Final = 2
 _RIP: Final = 4
+_SINCE: Final = 8  # lost: when dropping began is known
 
 _NULLS: Final = 1 << 19
 
@@ -104,7 +106,7 @@ def extract(
     for i in range(3):
         rows[f"w{i}"] = b.word(at, i)
     if len(at) and int(rows["extra"].max()) > 3:
-        args = (code == _V2) | (code == _SUBCALL)
+        args = (code == _V2) | (code == _SUBCALL) | (code == _LOST)
         for i in range(3, int(np.max(rows["extra"], where=args, initial=0))):
             rows[f"w{i}"] = b.word(at, i)
     calls = np.flatnonzero(code == _VMMCALL)
@@ -113,7 +115,7 @@ def extract(
         _vmmcalls(rows, b, pcpus, at[calls], calls, dom_era)
     some = np.flatnonzero(_OTHER.take(code))
     if len(some):
-        _others(rows, code, b.head.take(b.rows.take(at)) & 0xFFFFFFF)
+        _others(rows, code, b.head.take(b.rows.take(at)) & 0xFFFFFFF, pcpus.before)
     return rows, short
 
 
@@ -146,16 +148,26 @@ def _vmmcalls(
     rows["flags"][own] |= _KNOWN
 
 
-def _others(rows: Rows, code: NDArray[Any], events: NDArray[Any]) -> None:
-    """Put the event id of shutdown and lost records into w0 and the count of the latter into w1.
+def _others(rows: Rows, code: NDArray[Any], events: NDArray[Any], before: NDArray[np.uint64]) -> None:
+    """Put the event id of shutdown and lost records into w0, the count of the latter into w1, when it began into since.
 
-    Shutdown records name the vCPU that shuts down, whoever runs.
+    Shutdown records name the vCPU that shuts down, whoever runs. A gap began with the record before it (``before``).
     """
     some = np.flatnonzero(code == _SHUTDOWN)
     if len(some):
         rows["who"][some] = pack(rows["w0"][some], rows["w1"][some])
         rows["flags"][some] |= _KNOWN
         rows["w0"][some] = events[some]
+    some = np.flatnonzero((code == _LOST) & (rows["extra"] >= 4))
+    gaps = np.flatnonzero(code == _GAP)
+    if len(some) or len(gaps):
+        rows["since"] = np.zeros(len(code), dtype=np.uint64)
+        if len(some):
+            # From 3.4 (5c55dc3c8b): count, did | vid << 16, first_tsc low, high.
+            rows["since"][some] = rows["w2"][some] | rows["w3"][some].astype(np.uint64) << np.uint64(32)
+        rows["since"][gaps] = before
+        rows["flags"][some] |= _SINCE
+        rows["flags"][gaps] |= (rows["flags"][gaps] & _TIMED) * np.uint8(_SINCE)
     some = np.flatnonzero(code == _LOST)
     if len(some):
         rows["w1"][some] = rows["w0"][some]
@@ -256,6 +268,10 @@ def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, tsc_
     result = None
     if _LOST in seen:
         result = _column("result", w1.astype(np.int64), code == _LOST)
+    if "since" in rows:
+        since = _column("arg0", rows["since"], (flags & _SINCE) != 0)
+        arguments["arg0"] = since if "arg0" not in arguments else pl.select(pl.coalesce(since, arguments["arg0"])).to_series()
+    arguments.setdefault("cut", pl.repeat(0, n, dtype=pl.UInt8, eager=True).alias("cut"))
 
     who = rows["who"]
     columns: dict[str, pl.Series] = {
@@ -267,8 +283,8 @@ def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, tsc_
         "domid": _column("domid", (who >> 16).astype(np.uint16), known),
         "vcpu": _column("vcpu", who & np.uint32(0xFFFF), known),
         "kind": pl.Series("kind", _KIND.take(code).astype(np.uint32)).cat.to(EVENTS["kind"]),
-        "op": pl.Series("op", op),
-        **(arguments or {"cut": pl.repeat(0, n, dtype=pl.UInt8, eager=True).alias("cut")}),
+        "op": _column("op", op, code != _GAP) if _GAP in seen else pl.Series("op", op),
+        **arguments,
     }
     if tsc_khz:
         columns["time_ns"] = _column("time_ns", _nanoseconds(rows["tsc"], tsc_khz), timed)

@@ -29,9 +29,16 @@ GROUP: Final = "xtrace.readers"
 #: earlier one gets it; plug-ins come after.
 BUILTIN: Final[dict[str, str]] = {
     "xentrace": "xtrace.ingest.xentrace",
+    "xentrace-fixed": "xtrace.ingest.xentrace_fixed",
     "xtrace-log": "xtrace.ingest.xtrace_log",
+    "xenalyze": "xtrace.ingest.xenalyze_text",
+    "xentrace-format": "xtrace.ingest.xentrace_format_text",
     "bare": "xtrace.ingest.bare",
-    "ftrace-parked": "xtrace.ingest.parked",
+    "linux-trace": "xtrace.ingest.linux_trace",
+    "kvm-xen": "xtrace.ingest.kvm_events",
+    "events": "xtrace.ingest.events_table",
+    "console": "xtrace.ingest.console",
+    "xenctx": "xtrace.ingest.xenctx",
 }
 
 #: How many of the first bytes an error shows.

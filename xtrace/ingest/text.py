@@ -79,9 +79,13 @@ class TextRecording:
         """Return rows that were held back until the end of the input, as in ``Found.rows``."""
         return None
 
+    def blocks(self) -> Iterator[LineBlock]:
+        """Yield the input's blocks of lines, in order."""
+        return line_blocks(self.source.file, block_bytes(self.options))
+
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS``."""
-        for block in line_blocks(self.source.file, block_bytes(self.options)):
+        for block in self.blocks():
             frame = self._events(block)
             if len(frame):
                 yield from frame.iter_slices(max(self.options.batch_rows, 1))
@@ -128,7 +132,7 @@ class TextRecording:
     def _cut(self, last: pl.DataFrame) -> list[tuple[int, int, str]]:
         """Account for a last line without a newline: a record that is cut, or noise."""
         found = type(self)(self.source, self.options).read(last)
-        if len(found.rows) or (found.bad is not None and len(found.bad)):
+        if len(found.rows) or found.records or (found.bad is not None and len(found.bad)):
             self.ledger.truncated = True
             self.ledger.skipped_bytes += int(last["size"][0])
             return [(int(last["line"][0]), int(last["offset"][0]), "the last line is cut off (no newline) and was not used")]

@@ -3,15 +3,24 @@
 ``xentrace`` copies each pCPU's ring in turn and writes ``0x2001f003, pCPU, byte count`` before every piece
 (``RELEASE-4.22.0:tools/xentrace/xentrace.c:write_buffer``, struct cpu_change_record). A first pass reads those headers only and
 notes what is damaged or cut; the index it leaves goes to an unnamed temporary file once it outgrows a few megabytes.
+
+Where no header stands at the end of a window (its size is wrong, bytes were lost or came in, the next header is broken), the
+next one is searched for byte by byte: a header with a possible pCPU and size whose own end is another header, or the end of
+the file (or, if there is none, lies behind it). What lies between the end that the window claims, or that header if it comes
+first, and the header found is skipped and counted, never read: nothing there proves where a record begins or whose it is.
+Records may be missing then, of one pCPU where its window is cut short, of any where whole windows may be: the next window of
+each is marked, so that nothing is stitched across. A file whose header word stands there with its bytes reversed is in the
+other byte order throughout.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import sys
 import tempfile
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 import numpy as np
 
@@ -20,18 +29,24 @@ if TYPE_CHECKING:
 
     from xtrace.ingest.base import Ledger
 
-__all__ = ("HEADER_BYTES", "MAGIC", "PCPU_LIMIT", "Cursor", "WindowIndex", "plausible", "read_at", "scan")
+__all__ = ("HEADER_BYTES", "MAGIC", "PCPU_LIMIT", "Cursor", "Order", "WindowIndex", "plausible", "read_at", "read_words", "scan")
+
+#: Byte order of a file's words.
+Order = Literal["little", "big"]
 
 #: Header word of TRC_TRACE_CPU_CHANGE: event 0x1f003, two extra words, no TSC.
 MAGIC: Final = 0x2001F003
-_MAGIC_BYTES: Final = MAGIC.to_bytes(4, "little")
 HEADER_BYTES: Final = 12
 
 #: Xen's NR_CPUS is at most 16,383 (``RELEASE-4.22.0:xen/arch/Kconfig``), so pCPU numbers are below.
 PCPU_LIMIT: Final = 16384
 
 _WINDOW = np.dtype([("offset", "<u8"), ("size", "<u4")])
-_HEADER = struct.Struct("<III")
+
+#: Bit of a window's size in the index (sizes are multiples of 4): records of its pCPU may be missing before it.
+_AFTER_LOSS: Final = 1
+
+_HEADER: Final[dict[Order, struct.Struct]] = {"little": struct.Struct("<III"), "big": struct.Struct(">III")}
 _BLOCK = 1 << 18  # bytes read at once where windows are small
 _DENSE = 32  # so many windows in a block make reading it whole worth while
 _STEP_MIN, _STEP_MAX = 1 << 12, 1 << 20
@@ -48,11 +63,22 @@ def read_at(fd: int, into: memoryview, offset: int) -> int:
     return done
 
 
-def plausible(data: bytes | bytearray | memoryview, at: int = 0) -> bool:
+def read_words(fd: int, into: NDArray[np.uint32], offset: int, order: Order) -> int:
+    """Fill ``into`` with the words at byte ``offset`` of ``fd``, 0 where there are none; return how many bytes there were."""
+    view = memoryview(into).cast("B")  # type: ignore[arg-type]
+    got = read_at(fd, view, offset)
+    if got < len(view):
+        view[got:] = bytes(len(view) - got)
+    if order != sys.byteorder:
+        into.byteswap(inplace=True)
+    return got
+
+
+def plausible(data: bytes | bytearray | memoryview, at: int = 0, order: Order = "little") -> bool:
     """Say whether the 12 bytes at ``at`` can be a window header."""
-    word = int.from_bytes(data[at : at + 4], "little")
-    pcpu = int.from_bytes(data[at + 4 : at + 8], "little")
-    size = int.from_bytes(data[at + 8 : at + 12], "little")
+    word = int.from_bytes(data[at : at + 4], order)
+    pcpu = int.from_bytes(data[at + 4 : at + 8], order)
+    size = int.from_bytes(data[at + 8 : at + 12], order)
     return word == MAGIC and pcpu < PCPU_LIMIT and size % 4 == 0
 
 
@@ -86,6 +112,17 @@ class WindowIndex:
 
     RUN = 1 << 19  # windows sorted at a time
 
+    # By pCPU: it has had a window; records of it may be missing before the next one.
+    _seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(PCPU_LIMIT, dtype=np.bool_))
+    _missing: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(PCPU_LIMIT, dtype=np.bool_))
+
+    def lose(self, pcpu: int | None = None) -> None:
+        """Note that records of a pCPU (None: of any) may be missing between the windows so far and those to come."""
+        if pcpu is None:
+            self._missing |= self._seen
+        else:
+            self._missing[pcpu] = True
+
     def add(self, rows: NDArray[np.uint64]) -> None:
         """Append windows in file order: rows of (payload offset, bytes, pCPU); empty ones are only counted."""
         self.count += len(rows)
@@ -94,6 +131,13 @@ class WindowIndex:
             return
         if len(self.first) < 64:
             self.first += [(int(o), int(s)) for o, s, _ in rows[: 64 - len(self.first)]]
+        pcpus = rows[:, 2].astype(np.intp)
+        self._seen[pcpus] = True
+        hit = np.flatnonzero(self._missing.take(pcpus))
+        if len(hit):
+            which, at = np.unique(pcpus[hit], return_index=True)
+            rows[hit[at], 1] |= np.uint64(_AFTER_LOSS)
+            self._missing[which] = False
         self._todo.append(rows)
         self._todo_rows += len(rows)
         if self._todo_rows >= self.RUN:
@@ -123,7 +167,7 @@ class WindowIndex:
         """Read up to ``most`` windows of ``pcpu`` from entry ``after`` of stretch ``run`` on.
 
         Returns:
-            The windows (fields offset, size; none at the end) and the (run, after) to go on with.
+            The windows (fields offset and size, with ``_AFTER_LOSS``; none at the end) and the (run, after) to go on with.
         """
         while run < len(self._runs):
             here = self._runs[run]
@@ -141,28 +185,34 @@ class WindowIndex:
 class Cursor:
     """Reads one pCPU's windows as a sequence of pieces."""
 
-    __slots__ = ("_after", "_i", "_index", "_most", "_offsets", "_planned", "_run", "_sizes", "_used", "done", "pcpu")
+    __slots__ = (
+        "_after", "_i", "_index", "_marks", "_most", "_offsets", "_planned", "_run", "_sizes", "_used", "done", "missing", "pcpu"
+    )  # fmt: skip
 
     def __init__(self, index: WindowIndex, pcpu: int, most: int) -> None:
         """Stand before the first window of ``pcpu``; keep at most ``most`` index entries in memory."""
         self.pcpu, self.done = pcpu, False
+        self.missing = False  # records may be missing before the next piece: damage in the last one
         self._index, self._most = index, most
         self._run = self._after = self._i = self._used = self._planned = 0
         self._offsets: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._sizes: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._marks: NDArray[np.bool_] = np.empty(0, dtype=np.bool_)
         self._fetch()
 
     def _fetch(self) -> None:
         rows, self._run, self._after = self._index.entries(self.pcpu, self._run, self._after, self._most)
-        self._offsets, self._sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
+        self._offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
+        self._sizes, self._marks = sizes // 4 * 4, (sizes & _AFTER_LOSS) != 0
         self._i = self._used = 0
         self.done = not len(rows)
 
-    def take(self, quota: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    def take(self, quota: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
         """Plan the next pieces, about ``quota`` bytes (at least ``4 * MAX_WORDS``, so that a record fits).
 
         Returns:
-            File offset and bytes (a multiple of 4) of each piece, and whether it ends with its window. ``settle`` must follow.
+            File offset and bytes (a multiple of 4) of each piece, whether it ends with its window, and whether records may
+            be missing before it. ``settle`` must follow.
         """
         offsets, sizes = self._offsets[self._i :].copy(), self._sizes[self._i :].copy()
         offsets[0] += self._used
@@ -173,7 +223,10 @@ class Cursor:
         if n < len(sizes) and n == 0:
             sizes[0], n, ends = quota // 4 * 4, 1, np.zeros(1, dtype=np.bool_)
             self._planned = quota // 4 * 4
-        return offsets[:n], sizes[:n], ends
+        marks = self._marks[self._i : self._i + n].copy()
+        marks[0] = (marks[0] and not self._used) or self.missing
+        self.missing = False
+        return offsets[:n], sizes[:n], ends, marks
 
     def settle(self, pieces: int, *, left: int | None = None) -> None:
         """Move on behind ``pieces`` pieces; ``left`` = the last was part of a window, of which that many bytes were used."""
@@ -195,8 +248,10 @@ class Cursor:
 class _Scan:
     """The first pass."""
 
-    def __init__(self, fd: int, size: int, ledger: Ledger) -> None:
-        self.fd, self.size, self.ledger = fd, size, ledger
+    def __init__(self, fd: int, size: int, ledger: Ledger, order: Order) -> None:
+        self.fd, self.size, self.ledger, self.order = fd, size, ledger, order
+        self.magic = MAGIC.to_bytes(4, order)
+        self.unpack = _HEADER[order].unpack
         self.index = WindowIndex()
         self.buffer = bytearray(_BLOCK)
         self.small = bytearray(HEADER_BYTES)
@@ -220,7 +275,7 @@ class _Scan:
         """Return pCPU and size of the plausible window header at byte ``at``."""
         if os.preadv(self.fd, [self.small], at) < HEADER_BYTES:
             return None
-        word, pcpu, size = _HEADER.unpack(self.small)
+        word, pcpu, size = self.unpack(self.small)
         return (pcpu, size) if word == MAGIC and pcpu < PCPU_LIMIT and size % 4 == 0 else None
 
     def one_by_one(self, at: int, head: tuple[int, int]) -> tuple[int, bool]:
@@ -251,7 +306,8 @@ class _Scan:
         """Take all windows whose headers lie in the block at ``at``; return as ``one_by_one`` does."""
         self.flush()
         view = memoryview(self.buffer)[: min(_BLOCK, self.size - at)]
-        words = np.frombuffer(view[: read_at(self.fd, view, at) // 4 * 4], dtype="<u4")
+        kind = "<u4" if self.order == "little" else ">u4"
+        words = np.frombuffer(view[: read_at(self.fd, view, at) // 4 * 4], dtype=kind)
         heads = np.flatnonzero(words[:-2] == MAGIC)
         heads = heads[(words[heads + 1] < PCPU_LIMIT) & (words[heads + 2] % 4 == 0)]
         ends = heads + 3 + words[heads + 2].astype(np.int64) // 4
@@ -294,6 +350,8 @@ class _Scan:
             whole = min(due, end)
             self.index.add(np.array([[payload, (whole - payload) // 4 * 4, pcpu]], dtype=np.uint64))
             self.ledger.skipped_bytes += (whole - payload) % 4
+            if due > end or (whole - payload) % 4:
+                self.index.lose(pcpu)
             if found is None and due > self.size:
                 self.ledger.truncated = True
                 self.index.truncated = payload
@@ -306,9 +364,10 @@ class _Scan:
             whole = payload
         gap = end - whole
         self.ledger.skipped_bytes += gap
+        self.index.lose()
         tail = bytearray(min(gap, HEADER_BYTES))
         read_at(self.fd, memoryview(tail), whole)
-        if found is None and gap < HEADER_BYTES and _MAGIC_BYTES.startswith(bytes(tail[:4])):
+        if found is None and gap < HEADER_BYTES and self.magic.startswith(bytes(tail[:4])):
             self.ledger.truncated = True
             note("the file ends inside a window header", offset=self.size)
         else:
@@ -316,27 +375,34 @@ class _Scan:
         return end
 
     def find(self, start: int) -> int | None:
-        """Search from byte ``start`` for a header whose declared end is another header, or the end of the file."""
+        """Search from byte ``start`` for a header whose declared end is another header, or the end of the file.
+
+        One whose end lies behind the end of the file is taken only if there is no such header: its window may be cut, but
+        three words that a guest chose can also look like that.
+        """
         keep = HEADER_BYTES - 1
+        cut = None
         at, step = start, _STEP_MIN
         while at < self.size:
             # Widening steps: the next header is usually near, and damage may be everywhere.
             view = memoryview(bytearray(min(step + keep, self.size - at)))
             step = min(step * 4, _STEP_MAX)
             data = bytes(view[: read_at(self.fd, view, at)])
-            i = data.find(_MAGIC_BYTES)
+            i = data.find(self.magic)
             while 0 <= i <= len(data) - HEADER_BYTES:
-                if plausible(data, i):
-                    due = at + i + HEADER_BYTES + int.from_bytes(data[i + 8 : i + 12], "little")
-                    if due >= self.size or self.lands(due):
+                if plausible(data, i, self.order):
+                    due = at + i + HEADER_BYTES + int.from_bytes(data[i + 8 : i + 12], self.order)
+                    if due > self.size:
+                        cut = at + i if cut is None else cut
+                    elif self.lands(due):
                         return at + i
-                i = data.find(_MAGIC_BYTES, i + 1)
+                i = data.find(self.magic, i + 1)
             if len(data) <= keep:
                 break
             at += len(data) - keep
-        return None
+        return cut
 
 
-def scan(fd: int, size: int, ledger: Ledger) -> WindowIndex:
+def scan(fd: int, size: int, ledger: Ledger, order: Order = "little") -> WindowIndex:
     """Find all windows of the file ``fd`` of ``size`` bytes; damage and a cut end go to ``ledger``."""
-    return _Scan(fd, size, ledger).run()
+    return _Scan(fd, size, ledger, order).run()

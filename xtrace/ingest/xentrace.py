@@ -4,6 +4,14 @@ The work goes in rounds. Each round reads some more of the pCPUs that are behind
 those that become events and who they belong to (``records``, ``attribute``), and emits everything up to the time that no
 pCPU can fall behind any more. How much a round reads depends on a fixed budget, shared by the pCPUs, and on nothing that a
 file claims.
+
+Damage: ``windows`` finds the next true window header wherever one is due and does not stand. Inside a window a record's
+place follows from the one before it alone, so behind an impossible header the rest of that window is skipped and counted:
+guests choose the words of some records, and whatever looked like a record there might be made of them. Where records may be
+missing a ``lost`` event stands without number or count, from the last TSC known of its pCPU to the next, so that nothing is
+stitched across; who runs is unknown until a record says so.
+
+Words are little-endian; a file whose window header has its bytes reversed is read as big-endian by the same code.
 """
 
 from __future__ import annotations
@@ -13,13 +21,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import polars as pl
 
+from xtrace.ingest import gaps
 from xtrace.ingest.attribute import Batch, Pcpus
-from xtrace.ingest.base import Ledger, Observed
+from xtrace.ingest.base import Ledger, Observed, Shows
 from xtrace.ingest.layout import BAD, load
 from xtrace.ingest.merge import Merge
 from xtrace.ingest.records import Rows, Tally, extract, frame, tally
 from xtrace.ingest.walk import BLOCK, PAD, walk
-from xtrace.ingest.windows import HEADER_BYTES, MAGIC, Cursor, WindowIndex, plausible, read_at, scan
+from xtrace.ingest.windows import HEADER_BYTES, MAGIC, Cursor, Order, WindowIndex, plausible, read_words, scan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,7 +49,24 @@ _ROW_BYTES: Final = 32  # what an event that waits counts for in the budget
 _GAP: Final = 1 << 12  # bytes of other pCPUs' windows that are read over rather than jumped over
 _LOOK: Final = 1 << 22  # bytes at the start that may be looked at to tell the era
 
-_MAGIC_BYTES: Final = MAGIC.to_bytes(4, "little")
+_ORDERS: Final[tuple[Order, ...]] = ("little", "big")
+
+
+def _order(head: bytes) -> tuple[int, Order]:
+    """Say how sure the first bytes of a file make it that they are ours, and in which byte order."""
+    for order in _ORDERS:
+        if len(head) >= HEADER_BYTES and plausible(head, 0, order):
+            return 100, order
+    for order in _ORDERS:
+        magic = MAGIC.to_bytes(4, order)
+        at = head.find(magic)
+        while 0 <= at <= len(head) - HEADER_BYTES:
+            if plausible(head, at, order):
+                due = at + HEADER_BYTES + int.from_bytes(head[at + 8 : at + 12], order)
+                if due >= len(head) or plausible(head, due, order):
+                    return 20, order
+            at = head.find(magic, at + 1)
+    return 0, "little"
 
 
 class XentraceReader:
@@ -48,19 +74,21 @@ class XentraceReader:
 
     name = "xentrace"
     title = "xentrace binary, Xen 3.2 to 4.22"
+    shows = Shows(
+        op="every call",
+        subop="4.3 on: grant_table_op, vcpu_op, sched_op",
+        arguments="4.3 on: counts and commands of six hypercalls, 32 bits",
+        rip="PV to 4.2; HVM with exit records",
+        who="with scheduling records",
+        time="TSC",
+        proved="4.3 on: bit 31 of an mmu_update or mmuext_op count, hypercall 49",
+        inferred="the same call again on the same vCPU, smaller counts",
+        unobservable="memory_op's registers, guest memory, results",
+    )
 
     def sniff(self, head: bytes) -> int:
         """Say how sure this is: 100 for a window header at byte 0, 20 for a damaged head with windows behind it."""
-        if len(head) >= HEADER_BYTES and plausible(head):
-            return 100
-        at = head.find(_MAGIC_BYTES)
-        while 0 <= at <= len(head) - HEADER_BYTES:
-            if plausible(head, at):
-                due = at + HEADER_BYTES + int.from_bytes(head[at + 8 : at + 12], "little")
-                if due >= len(head) or plausible(head, due):
-                    return 20
-            at = head.find(_MAGIC_BYTES, at + 1)
-        return 0
+        return _order(head)[0]
 
     def open(self, source: Source, options: ReadOptions) -> XentraceRecording:
         """Open ``source``; nothing is read yet."""
@@ -95,11 +123,12 @@ class XentraceRecording:
         self._words = np.zeros(0, dtype=np.uint32)
         self._marks = np.zeros(0, dtype=np.bool_)
         self._index = WindowIndex()
+        self._order: Order = "little"
         self._dom_era: tuple[bool | None] | None = None
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS`` in the order (segment, TSC, pCPU, file); damage goes to the ledger."""
-        self._index = scan(self._fd, self._size, self.ledger)
+        self._index = self._find()
         numbers = np.array(self._index.pcpus, dtype=np.uint32)
         self.observed.pcpus = len(numbers)
         most = min(max((1 << 20) // max(len(numbers), 1), 64), 1 << 14)
@@ -120,6 +149,11 @@ class XentraceRecording:
         if ready:
             yield from self._sliced(pl.concat(ready, rechunk=False))
         self._finish()
+
+    def _find(self) -> WindowIndex:
+        """Find all windows."""
+        self._order = _order(self._source.head())[1]
+        return scan(self._fd, self._size, self.ledger, self._order)
 
     def _sliced(self, batch: pl.DataFrame) -> Iterator[pl.DataFrame]:
         size = max(self._options.batch_rows, 1)
@@ -152,7 +186,7 @@ class XentraceRecording:
         """Read, walk and extract the next pieces of ``cursors``; move them on."""
         plans = [cursor.take(quota) for cursor in cursors]
         pieces = np.array([len(plan[0]) for plan in plans], dtype=np.int64)
-        offset, size, final = (np.concatenate(parts) for parts in zip(*plans, strict=True))
+        offset, size, final, missing = (np.concatenate(parts) for parts in zip(*plans, strict=True))
         in_file = np.argsort(offset, kind="stable")
         start = np.empty(len(offset), dtype=np.int64)
         start[in_file] = self._read(offset[in_file], size[in_file])
@@ -174,7 +208,7 @@ class XentraceRecording:
         if (code == BAD).any():
             keep = self._damage(pos, code, count, offset, start, stop, broken)
             pos, head, slot, code = pos[keep], head[keep], slot[keep], code[keep]
-        self._straddles(offset, size, start, end, stop, final, broken)
+        lossy = self._straddles(offset, size, start, end, stop, final, broken) | broken
         self._histogram(slot, head, pos, np.append(0, np.cumsum(count)), offset - start * 4)
         last = np.cumsum(pieces) - 1
         for i, (cursor, n) in enumerate(zip(cursors, pieces.tolist(), strict=True)):
@@ -185,6 +219,10 @@ class XentraceRecording:
                 self.ledger.skipped_bytes += cursor.skip()
             else:
                 cursor.settle(n, left=int(stop[k] - start[k]) * 4)
+            cursor.missing = bool(lossy[k])
+        if lossy.any() or missing.any():
+            ended = np.array([cursor.done for cursor in cursors])
+            pos, head, code = gaps.insert(pos, head, code, count, start, stop, pieces, missing, lossy, ended)
 
         bounds = np.append(0, np.cumsum(count))
         chosen = code != 0
@@ -209,6 +247,9 @@ class XentraceRecording:
             extra=(top >> 28 & 7).astype(np.uint8),
         )
         offsets = at * 4 + np.repeat(offset - start * 4, per_piece)
+        marked = np.flatnonzero(code == gaps.GAP)
+        if len(marked):
+            offsets[marked] -= (top[marked] & gaps.BEFORE) * HEADER_BYTES
         events, short = extract(batch, self._pcpus, offsets, self._layout.needs, self._era_has_dom_word)
         for row in short[: Ledger.KEEP].tolist():
             event = int(top[row]) & 0xFFFFFFF
@@ -230,11 +271,8 @@ class XentraceRecording:
         if need > len(self._words):
             self._words = np.zeros(need, dtype=np.uint32)
             self._marks = np.zeros(need, dtype=np.bool_)
-        view = memoryview(self._words).cast("B")  # type: ignore[arg-type]
-        for at, begin, n in zip(offset[first].tolist(), base.tolist(), length.tolist(), strict=True):
-            got = read_at(self._fd, view[begin : begin + n], at)
-            if got < n:  # the file shrank meanwhile
-                view[begin + got : begin + n] = bytes(n - got)
+        for at, begin, n in zip(offset[first].tolist(), (base // 4).tolist(), (length // 4).tolist(), strict=True):
+            read_words(self._fd, self._words[begin : begin + n], at, self._order)
         span = np.repeat(np.arange(len(first)), last - first + 1)
         words: NDArray[np.int64] = (base[span] + offset - offset[first][span]) // 4
         return words
@@ -282,11 +320,16 @@ class XentraceRecording:
         stop: NDArray[np.int64],
         final: NDArray[np.bool_],
         broken: NDArray[np.bool_],
-    ) -> None:
-        """Note what is left of windows: bytes behind damage, and a last record that would stick out."""
+    ) -> NDArray[np.bool_]:
+        """Note what is left of windows: bytes behind damage, and a last record that would stick out.
+
+        Returns:
+            The pieces of the second sort, without one that the end of the file cuts.
+        """
         short = stop < end
+        out = np.zeros(len(offset), dtype=np.bool_)
         if not short.any():
-            return
+            return out
         lost = np.flatnonzero(short & (final | broken))
         self.ledger.skipped_bytes += int((end[lost] - stop[lost]).sum()) * 4
         over = lost[~broken[lost]]
@@ -297,6 +340,9 @@ class XentraceRecording:
             if not is_cut:
                 self.ledger.problem("a record sticks out of its window", offset=at)
         self.ledger.problems_dropped += max(len(over) - Ledger.KEEP, 0)
+        out[over] = True
+        out[over] &= ~np.asarray(cut, dtype=np.bool_)
+        return out
 
     # --- what was seen ------------------------------------------------------------------------------------------
 
@@ -382,7 +428,7 @@ class XentraceRecording:
             head = min((offset for offset, _ in self._index.first), default=HEADER_BYTES) - HEADER_BYTES
             seen.forms = {(MAGIC & 0xFFFFFFF, MAGIC >> 28 & 7, False): head} | seen.forms
         ledger.records = sum(seen.event_ids.values())
-        seen.layout = self._layout.era(set(ids))
+        seen.layout = self._layout.era(set(ids)) + (", big-endian" if self._order == "big" else "")
         seen.first_tsc, seen.last_tsc = self._pcpus.first_tsc, self._pcpus.last_tsc
         ledger.problems.sort(key=lambda p: p.offset or 0)
 
@@ -397,7 +443,7 @@ class XentraceRecording:
                     break
                 budget -= n
                 words = np.zeros(n // 4 + PAD + 1, dtype=np.uint32)
-                read_at(self._fd, memoryview(words).cast("B")[:n], offset)  # type: ignore[arg-type]
+                read_words(self._fd, words[: n // 4], offset, self._order)
                 marks = np.zeros(len(words), dtype=np.bool_)
                 pos, _, _ = walk(words, np.array([0]), np.array([n // 4]), marks, self._layout.likely)
                 head = words.take(pos)

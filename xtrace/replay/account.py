@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import polars as pl
 
-from xtrace.replay import facts
-from xtrace.replay import hypervisor as hv
 from xtrace.replay.hypervisor import Hypervisor
 from xtrace.replay.reading import operations
 from xtrace.replay.states import States, nullable
+from xtrace.replay.unexplained import unexplained
 
 if TYPE_CHECKING:
+    from xtrace.replay import hypervisor as hv
     from xtrace.replay.stitch import Stitched
 
 __all__ = ("ACCOUNT", "Account", "Divergence")
@@ -72,7 +72,9 @@ class Account:
 
     def take(self, stitched: Stitched) -> pl.DataFrame:
         """Return rows of ``ACCOUNT`` for one batch."""
-        rows = stitched.entries.filter(pl.col("kind") != "return").with_row_index("_row")
+        # The registers of a vCPU that stands elsewhere are no call.
+        elsewhere = (pl.col("kind") == "sample") & ~pl.col("on_insn").fill_null(value=True)
+        rows = stitched.entries.filter((pl.col("kind") != "return") & ~elsewhere).with_row_index("_row")
         evidence = stitched.continuations.select("seq", pl.col("evidence").cast(pl.String).alias("continuation"))
         issued = stitched.continuations.select("seq", "^issued_.*$")
         returned = (
@@ -119,38 +121,11 @@ class Account:
 
     def _look(self, part: pl.DataFrame, op: int, xen: Hypervisor, read: hv.Decoded, states: States, issued: States) -> None:
         """Keep the earliest row that cannot be explained."""
-        name = facts.hypercall_names().get(op, str(op))
-        # A call of something that the release does not have is explained: it fails. A continuation of it, or one that
-        # succeeded, is not.
-        bad = (
-            np.isin(read.status, (hv.ABSENT, hv.UNMATCHED))
-            & part.select(pl.col("continuation").is_not_null() | (pl.col("returned") >= 0).fill_null(False)).to_series().to_numpy()
+        shown = (
+            part.select(pl.col("continuation").is_not_null() | (pl.col("returned") >= 0).fill_null(False)).to_series().to_numpy()
         )
-        if read.hypercall.status == "absent":
-            self._note(part, bad, f"{name} is called", f"{name} is not in the {xen.caller} hypercall table of {self.release}")
-        else:
-            numbers = read.number[bad]
-            self._note(part, bad, f"{name} with sub-operation {numbers[0] if len(numbers) else '?'}",
-                       f"{self.release} has no such sub-operation for {xen.caller}")  # fmt: skip
-        back = read.progress.known & read.total.known & (read.progress.value > read.total.value)
-        self._note(part, back, f"{name} with progress beyond its total", "progress between 0 and the total")
-        # What Xen left must be what the model leaves for the same call and the same progress.
-        begun = issued.args[0].known | issued.args[1].known
-        rows = np.flatnonzero(begun & (read.status == hv.MODELLED) & read.progress.known & (read.special < 0))
-        if not len(rows):
-            return
-        left = xen.preempt(op, issued.take(rows), read.progress.value[rows])
-        seen = states.take(rows)
-        wrong = np.zeros(len(part), bool)
-        detail: dict[int, str] = {}
-        for k in range(6):
-            a, b = left.args[k], seen.args[k]
-            differ = a.known & b.known & (a.value != b.value)
-            for i in np.flatnonzero(differ)[:1]:
-                detail.setdefault(int(rows[i]), f"arg{k} = {int(a.value[i]):#x}, not {int(b.value[i]):#x}")
-            wrong[rows[differ]] = True
-        for i in np.flatnonzero(wrong)[:1]:
-            self._note(part, wrong, f"a continuation of {name}", detail.get(int(i), "other registers"))
+        for reason in unexplained(xen, op, read, states, issued, shown):
+            self._note(part, reason.rows, reason.what, reason.expected)
 
     def _note(self, part: pl.DataFrame, rows: np.ndarray[tuple[int], np.dtype[np.bool_]], what: str, expected: str) -> None:
         if not rows.any():

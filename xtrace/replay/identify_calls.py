@@ -131,7 +131,8 @@ class Calls:
         self._returns |= bool((ret & fresh).any())
         stopped = np.flatnonzero(sample & on & same & fresh)
         ended = np.flatnonzero(ret & same & fresh & (table.get_column("result").fill_null(-1) >= 0).to_numpy())
-        flagged = np.flatnonzero(_flagged(table, op) & (entry | sub | sample) & fresh)
+        off = ~table.get_column("on_insn").fill_null(True).to_numpy()  # registers of a vCPU that stands elsewhere
+        flagged = np.flatnonzero(_flagged(table, op) & (entry | sub | (sample & ~off)) & fresh)
         self._each("stopped", table, stopped, owner[stopped], op, who)
         self._each("ended", table, ended, owner[ended], op, who)
         self._versions(table, ended, owner[ended], who)

@@ -33,9 +33,13 @@ class Finding:
     line: int | None
 
 
+#: The id that stands for the container of fixed-size records (an event has a class, so its id is not 0).
+_FIXED = 0
+
+
 @cache
-def _by_id() -> dict[int, dict[str, Any]]:
-    return {event: row for row in load("trace_events.toml")["record"] for event in row["ids"]}
+def _by_id(table: str = "record") -> dict[int, dict[str, Any]]:
+    return {event: row for row in load("trace_events.toml")[table] for event in row["ids"]}
 
 
 def _spans(row: Mapping[str, Any]) -> frozenset[str]:
@@ -52,8 +56,12 @@ def judge(
     forms: Mapping[tuple[int, int, bool], int],
     peaks: Mapping[tuple[int, int], tuple[int, int]],
 ) -> list[Finding]:
-    """Return what event ids, forms and values rule out; see ``Identifier.conclude``. Ids of one record count once."""
+    """Return what event ids, forms and values rule out; see ``Identifier.conclude``. Ids of one record count once.
+
+    Where ``forms`` has id 0, the records are of a fixed size, and ids mean what Xen 3.0 and 3.1 mean by them.
+    """
     everything = frozenset(known)
+    by_id = _by_id("fixed" if any(event == _FIXED for event, _, _ in forms) else "record")
     first: dict[int, int] = {}
     for (event, _, _), offset in forms.items():
         first[event] = min(offset, first.get(event, offset))
@@ -63,24 +71,24 @@ def judge(
         gone = everything - writers
         old = found.get((row["name"], what))
         if gone and (old is None or (offset is not None and (old.offset is None or offset < old.offset))):
-            text = f"{row['name']} ({event:#x}){what}"
+            text = row["name"] if event == _FIXED else f"{row['name']} ({event:#x}){what}"
             found[row["name"], what] = Finding(text, _only(writers), gone, None, offset, None)
 
     for event in sorted(event_ids):
-        row = _by_id().get(event)
+        row = by_id.get(event)
         if row is not None:
             note(row, event, "", _spans(row), first.get(event))
     for (event, words, tsc), offset in sorted(forms.items(), key=lambda f: f[1]):
-        row = _by_id().get(event, {})
+        row = by_id.get(event, {})
         fits = [f for f in row.get("forms", ()) if f.get("words", words) == words and f.get("tsc", tsc) == tsc]
         if fits:
             what = f" with {words} word{'' if words == 1 else 's'}{'' if tsc else ' and no TSC'}"
             note(row, event, what, frozenset[str]().union(*(_spans(f) for f in fits)), offset)
     for (event, word), (value, offset) in sorted(peaks.items()):
-        row = _by_id().get(event, {})
+        row = by_id.get(event, {})
         for rule in row.get("peaks", ()):
             if rule["word"] == word and value > rule["max"]:
-                note(row, event, f" with {value:#x} in word {word}", everything - _spans(rule), offset)
+                note(row, event, f" with {value:#x} in word {word}", _spans(row) - _spans(rule), offset)
     # The narrowest first: an id says less than its form, and both less than what only few releases do.
     return sorted(found.values(), key=lambda f: (-len(f.releases), f.offset or 0))
 

@@ -24,7 +24,20 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.intp]
     Mask = npt.NDArray[np.bool_]
 
-__all__ = ("CODE", "PAGING_DOMCTL_CONT", "Marks", "by_group", "fill", "keys", "link", "marks", "previous")
+__all__ = (
+    "CODE",
+    "DOMCTL",
+    "PAGING_DOMCTL_CONT",
+    "Marks",
+    "Pace",
+    "by_group",
+    "continuing",
+    "fill",
+    "keys",
+    "link",
+    "marks",
+    "previous",
+)
 
 #: Kind name -> code, as in the events table.
 CODE: Final = {name: i for i, name in enumerate(KINDS)}
@@ -32,11 +45,20 @@ CODE: Final = {name: i for i, name in enumerate(KINDS)}
 #: __HYPERVISOR_paging_domctl_cont (arch_1): domctl's redirect, issued by Xen alone (4.3.4, 4.4.2, 4.5 and later).
 PAGING_DOMCTL_CONT: Final = 49
 
+#: __HYPERVISOR_domctl, which may go on as that.
+DOMCTL: Final = 36
+
 #: __HYPERVISOR_iret ends an upcall on 64-bit PV and may fall between a preemption and its re-entry.
 _IRET: Final = 23
 
 #: A count from which on the next smaller one of a neighbour is taken for what is left of it.
 _LARGE: Final = np.uint64(64)
+
+#: An upcall's iret lands on the rewound hypercall instruction, so that the next record follows at once. How fast that can
+#: be is the least that this trace shows of any record behind an iret, once so many were seen; in the recordings of seven
+#: releases and two guests (benchmarks/stitching.py) within four times that nothing else was found but re-entries.
+_LANDINGS: Final = 16
+_LANDING: Final = np.uint64(4)
 
 _RELATIVE: Final = 1
 _FLAGGED: Final = 2
@@ -192,8 +214,9 @@ def link(
     adjacent: Mask,
     open_: Mask,
     subs: npt.NDArray[np.int64],
-) -> Mask:
-    """Say which entries continue the previous entry of the same hypercall on their vCPU.
+    landed: Mask,
+) -> tuple[Mask, Mask]:
+    """Say which entries continue the previous entry of the same hypercall on their vCPU, by arithmetic and by sequence.
 
     Args:
         m: what all rows of the batch say by themselves.
@@ -203,6 +226,7 @@ def link(
         adjacent: no other hypercall but iret lies between.
         open_: nothing lies between that ends a call (a return, records lost, a TSC that stepped back).
         subs: sub-calls recorded in between.
+        landed: an upcall that came in between ended right at this entry (`landings`).
     """
     p = np.maximum(before, 0)
     kind, amount, earlier = m.kind[rows], m.amount[rows], m.amount[p]
@@ -234,7 +258,55 @@ def link(
     counted = np.where(multi, relative & fits & (between | inside | unseen), counted)
     counted &= amount > 0  # Xen never leaves a call with nothing left to do
     out: Mask = flagged | absolute | counted | (bare & ~multi)
+    # Where the two entries say nothing about each other, or the same: a call that was preempted before its first unit.
+    same = (~both | level) & fits & ~marked & (kind != _FLAGGED) & (kind == m.kind[p]) & (m.number[rows] == m.number[p])
+    return out, landed & ~out & (before >= 0) & open_ & (same | (relative & down & (done % m.stride[rows] == 0) & fits & ~multi))
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast a record can follow an iret in this trace, so far."""
+
+    least: int = (1 << 64) - 1
+    seen: int = 0
+
+    def within(self, gap: npt.NDArray[np.uint64], counts: Mask) -> Mask:
+        """Say which gaps are short. Depends on what came before in time only, so that batches do not matter.
+
+        Args:
+            gap: TSC ticks since the record before.
+            counts: rows that stand behind an iret of the same vCPU and pCPU.
+        """
+        n = np.cumsum(counts) + self.seen
+        some = np.where(counts, gap, np.uint64((1 << 64) - 1))
+        least = np.minimum(np.minimum.accumulate(some), np.uint64(self.least)) if len(gap) else some
+        out: Mask = counts & (n >= _LANDINGS) & (gap // _LANDING <= least)
+        if len(gap):
+            self.least, self.seen = int(least[-1]), int(n[-1])
+        return out
+
+
+def continuing(source: str, table: pl.DataFrame, entry: Mask) -> Mask:
+    """Say which entries are of hypercalls that may leave a continuation at ``source``; unknown callers' are not."""
+    out = np.zeros(len(table), bool)
+    op, caller = table.get_column("op"), table.get_column("caller")
+    use = np.flatnonzero(entry & op.is_not_null().to_numpy() & caller.is_not_null().to_numpy())
+    if not len(use):
+        return out
+    group = (op.fill_null(0).to_numpy()[use].astype(np.uint64) << np.uint64(4)) | caller.to_physical().fill_null(0).to_numpy()[
+        use
+    ].astype(np.uint64)
+    for value in np.unique(group):
+        rows = use[group == value]
+        out[rows] = _may_continue(source, str(caller[int(rows[0])]), int(value >> np.uint64(4)))
     return out
+
+
+def _may_continue(source: str, caller: str, number: int) -> bool:
+    if number not in facts.files() or number == PAGING_DOMCTL_CONT:
+        return False
+    known = facts.lookup(source, caller, number)
+    return known.status == "modelled" and any(b.codec != "none" and not b.never_left for b in known.by_number.values())
 
 
 def is_iret(op: npt.NDArray[np.uint32]) -> Mask:

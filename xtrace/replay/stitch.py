@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from xtrace.replay import links
-from xtrace.replay.links import CODE
+from xtrace.replay.links import CODE, DOMCTL, PAGING_DOMCTL_CONT, Pace
 from xtrace.replay.reading import MULTICALL
 from xtrace.replay.states import nullable
 from xtrace.schema import ARGS, CONTINUATIONS, EVENTS, MEMORY, empty
@@ -44,7 +44,15 @@ _ISSUED: Final = {
 
 #: What is carried from one batch to the next: the last rows of every vCPU that a later one may continue.
 _CARRIED: Final = pl.Schema(
-    {**EVENTS, "epoch": pl.UInt32(), "call": pl.UInt64(), "subs": pl.UInt32(), "multi": pl.Int8(), **_ISSUED}
+    {
+        **EVENTS,
+        "epoch": pl.UInt32(),
+        "call": pl.UInt64(),
+        "subs": pl.UInt32(),  # sub-calls that ran on its vCPU since
+        "irets": pl.UInt32(),  # irets that its vCPU made since
+        "multi": pl.Int8(),
+        **_ISSUED,
+    }
 )
 
 
@@ -54,8 +62,9 @@ class Stitched:
 
     Attributes:
         entries: the batch's hypercall, vmmcall, subcall, sample and return rows (``schema.EVENTS``) with ``call`` (number of
-            the logical call, null for what belongs to none), ``reentry`` (the row continues that call), ``marked`` (its own
-            content shows a continuation), ``number`` (of the sub-operation) and ``total`` (units that it asks for).
+            the logical call, null for what belongs to none), ``reentry`` (the row continues that call), ``by`` (what shows it, or
+            that a sub-call or sample is a continuation), ``marked`` (its own content shows a continuation), ``number`` (of the
+            sub-operation) and ``total`` (units that it asks for).
         continuations: rows of ``schema.CONTINUATIONS``.
     """
 
@@ -79,6 +88,7 @@ class Stitcher:
     proved: int = 0
     inferred: int = 0
     _epoch: int = 0
+    _pace: Pace = field(default_factory=Pace)
     _tail: pl.DataFrame = field(default_factory=lambda: empty(_CARRIED))
 
     def feed(self, events: pl.DataFrame) -> Stitched:
@@ -92,7 +102,7 @@ class Stitcher:
         sub, sample, ret = kind == CODE["subcall"], kind == CODE["sample"], kind == CODE["return"]
         key = links.keys(table)
         marks = links.marks(self.source, table, entry | sub | sample)
-        linked, start, multi, subs = self._links(table, old, key, op, entry, sub, ret, marks)
+        linked, guessed, start, multi, subs, irets = self._links(table, old, key, op, entry, sub, ret, marks)
         call = self._calls(old, entry, linked, start)
         owner, before = links.fill(np.where(entry, np.arange(len(table)), -1), entry | ret, key)
         owner = np.where(ret, before, owner)
@@ -111,19 +121,26 @@ class Stitcher:
         table = table.with_columns(
             nullable("call", call.astype(np.uint64), call >= 0),
             pl.Series("subs", subs.astype(np.uint32)),
+            pl.Series("irets", irets.astype(np.uint32)),
             pl.Series("multi", multi),
         )
-        begin = np.where(entry, start, np.where(sample & (owner >= 0), start[np.maximum(owner, 0)], -1))
+        # A stopped vCPU may stand in a later call whose entry was not recorded: one of another hypercall shows it.
+        o = np.maximum(owner, 0)
+        own = (op == op[o]) | ((op == PAGING_DOMCTL_CONT) & (op[o] == DOMCTL))
+        begin = np.where(entry, start, np.where(sample & (owner >= 0) & own, start[o], -1))
         hit = np.flatnonzero(proved | inferred)
         evidence = pl.Series("evidence", np.where(proved[hit], "proved", "inferred")).cast(CONTINUATIONS["evidence"])
+        by = _by(marks.marked | sample, guessed, proved | inferred)
         continuations = pl.concat(
-            [table[hit], self._issued(table, old, begin[hit], marks.marked), evidence.to_frame()], how="horizontal"
+            [table[hit], self._issued(table, old, begin[hit], marks.marked), evidence.to_frame(), by[hit].to_frame()],
+            how="horizontal",
         ).select(CONTINUATIONS.names())
-        keep = self._keep(len(table), key, op, entry, sub, ret, marks)
+        keep = self._keep(len(table), key, op, entry, sub, ret, marks, links.continuing(self.source, table, entry))
         tail = pl.concat([table[keep], self._issued(table, old, begin[keep], marks.marked)], how="horizontal")
         self._tail = tail.select(_CARRIED.names())
         entries = table[old:].with_columns(
             pl.Series("reentry", (entry & linked)[old:]),
+            by[old:],
             pl.Series("marked", marks.marked[old:]),
             nullable("number", marks.number[old:], marks.number[old:] >= 0),
             nullable("total", marks.total[old:], marks.totalled[old:]),
@@ -146,38 +163,65 @@ class Stitcher:
     def _links(
         self, table: pl.DataFrame, old: int, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], entry: Mask,
         sub: Mask, ret: Mask, marks: Marks,
-    ) -> tuple[Mask, Rows, npt.NDArray[np.int8], npt.NDArray[np.int64]]:  # fmt: skip
-        """Return which entries continue another, the first row of each chain, and what multicalls ran."""
+    ) -> tuple[Mask, Mask, Rows, npt.NDArray[np.int8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:  # fmt: skip
+        """Return which entries continue another, those by sequence alone, the first row of each chain, and what ran since."""
         n = len(table)
-        some = np.flatnonzero(entry & (marks.kind > 0))
+        some = np.flatnonzero(entry & ((marks.kind > 0) | links.continuing(self.source, table, entry)))
         slot = np.minimum(op, 64).astype(np.uint32)
         before, ranked = links.previous(some, key, slot)
         p = np.maximum(before, 0)
         neighbour = np.full(n, -1, np.intp)
-        real = np.flatnonzero(entry & ~links.is_iret(op))
+        iret = entry & links.is_iret(op)
+        real = np.flatnonzero(entry & ~iret)
         neighbour[real] = links.previous(real, key)[0]
-        # Carried sub-calls are in `carried` already.
-        ran, returned = _counts(sub & (np.arange(n) >= old), key), _counts(ret, key)
-        carried = np.zeros(n, np.int64)
+        # Sub-calls and irets of the batches before are in what was carried already.
+        new = np.arange(n) >= old
+        ran, returned, landed = _counts(sub & new, key), _counts(ret, key), _counts(iret & new, key)
+        carried, crossed = np.zeros(n, np.int64), np.zeros(n, np.int64)
         carried[:old] = self._tail.get_column("subs").fill_null(0).to_numpy()
+        crossed[:old] = self._tail.get_column("irets").fill_null(0).to_numpy()
         subs = np.where(before >= 0, ran[0][some] - ran[0][p] + carried[p], 0)
+        once = landed[0][some] - landed[0][p] + crossed[p] == 1
         segment, epoch = (table.get_column(c).fill_null(0).to_numpy() for c in ("segment", "epoch"))
         open_ = (segment[some] == segment[p]) & (epoch[some] == epoch[p]) & (returned[0][some] == returned[0][p])
-        hit = links.link(marks, some, op[some], before, neighbour[some] == before, open_, subs) & (some >= old)
-        linked = np.zeros(n, bool)
-        linked[some] = hit
+        soon = self._landings(table, old, key, entry | ret, iret, segment, epoch)
+        rip = table.get_column("rip")
+        there, known = rip.fill_null(0).to_numpy(), rip.is_not_null().to_numpy()
+        soon = soon[some] & once & ((there[some] == there[p]) | ~known[some] | ~known[p])
+        hit, guess = links.link(marks, some, op[some], before, neighbour[some] == before, open_, subs, soon)
+        hit, guess = (hit | guess) & (some >= old), guess & (some >= old)
+        linked, guessed = np.zeros(n, bool), np.zeros(n, bool)
+        linked[some], guessed[some] = hit, guess
         # 1: re-entered between two entries of the multicall; 2: its last sub-call was preempted and runs again.
         done = (marks.amount[p] - marks.amount[some]).astype(np.int64)
         multi = np.zeros(n, np.int8)
         multi[:old] = self._tail.get_column("multi").to_numpy()
-        back = np.where(hit & (op[some] == MULTICALL), np.where(subs == done + 1, 2, 1), 0)
+        back = np.where(hit & ~guess & (op[some] == MULTICALL), np.where(subs == done + 1, 2, 1), 0)
         multi[some] = np.where(some >= old, back, multi[some])
         start = np.arange(n)
         if len(ranked):
             at = np.maximum.accumulate(np.where(linked[ranked], 0, np.arange(len(ranked))))
             start[ranked] = ranked[at]
-        # What each multicall row has seen run since, for the next batch.
-        return linked, start, multi, np.where(op == MULTICALL, ran[1][key] - ran[0] + carried, 0)
+        # What each row has seen run since, for the next batch.
+        since = np.where(op == MULTICALL, ran[1][key] - ran[0] + carried, 0)
+        return linked, guessed, start, multi, since, landed[1][key] - landed[0] + crossed
+
+    def _landings(
+        self, table: pl.DataFrame, old: int, key: npt.NDArray[np.uint32], rows: Mask, iret: Mask,
+        segment: npt.NDArray[np.uint32], epoch: npt.NDArray[np.uint32],
+    ) -> Mask:  # fmt: skip
+        """Say which entries follow an iret of their vCPU as fast as nothing else does in this trace."""
+        out = np.zeros(len(table), bool)
+        some = np.flatnonzero(rows)
+        before, _ = links.previous(some, key)
+        p = np.maximum(before, 0)
+        pcpu = table.get_column("pcpu").fill_null(0).to_numpy()
+        tsc, timed = table.get_column("tsc").fill_null(0).to_numpy(), table.get_column("tsc").is_not_null().to_numpy()
+        counts = (before >= 0) & iret[p] & (some >= old) & (pcpu[some] == pcpu[p]) & timed[some] & timed[p]
+        counts &= (segment[some] == segment[p]) & (epoch[some] == epoch[p]) & (tsc[some] > tsc[p])
+        gap = np.where(counts, tsc[some] - tsc[p], np.uint64(0))
+        out[some] = self._pace.within(gap, counts)
+        return out
 
     def _calls(self, old: int, entry: Mask, linked: Mask, start: Rows) -> npt.NDArray[np.int64]:
         """Number the logical calls in time order."""
@@ -220,6 +264,7 @@ class Stitcher:
         sub: Mask,
         ret: Mask,
         marks: Marks,
+        continuing: Mask,
     ) -> Rows:
         """Choose the last rows of every vCPU that a later row may be compared with."""
         keep = np.zeros(n, bool)
@@ -227,9 +272,21 @@ class Stitcher:
         for mask in (entry & ~links.is_iret(op), entry | ret, ret, sub):
             rows = np.flatnonzero(mask)
             keep[rows[_last(key[rows])]] = True
-        rows = np.flatnonzero(entry & (marks.kind > 0))
+        rows = np.flatnonzero(entry & ((marks.kind > 0) | continuing))
         keep[rows[_last(key[rows], slot[rows])]] = True
         return np.flatnonzero(keep)
+
+
+def _by(explicit: Mask, guessed: Mask, any_: Mask) -> pl.Series:
+    """Name what shows that rows are continuations; null for the others."""
+    word = np.where(explicit, 0, np.where(guessed, 2, 1)).astype(np.uint32)
+    return (
+        nullable("by", word, any_)
+        .cast(pl.String)
+        .replace_strict({"0": "explicit", "1": "arithmetic", "2": "sequence"}, default=None)
+        .cast(CONTINUATIONS["by"])
+        .alias("by")
+    )
 
 
 def _counts(mark: Mask, key: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

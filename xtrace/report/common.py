@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from xtrace import release
-from xtrace.analyze.exposure import EXIT_BREAK, EXIT_REVIEW
+from xtrace.analyze import harm, suppress
+from xtrace.analyze.exposure import EXIT_BREAK, EXIT_REVIEW, KINDS
+from xtrace.analyze.surface import CODES
 from xtrace.report import ledger
 from xtrace.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from xtrace.analyze import fleet
     from xtrace.pipeline import Result
 
 #: DOMID_IDLE: a pCPU that runs no guest.
@@ -43,12 +46,13 @@ def target_groups(result: Result) -> list[dict[str, Any]]:
         verdict = verdict_of(result.target_bits(t))
         bad = sorted(
             {f"{r.hypercall}/{r.subop}" if r.subop else r.hypercall
-             for r in result.surface for v in r.verdicts if t in v.targets and v.verdict != "safe"}
+             for r in result.surface for v in r.verdicts if t in v.targets and v.open and r.caught}
         )  # fmt: skip
-        key = (verdict, tuple(sorted(counts.items())), tuple(bad), t in result.targets.rollback)
+        hidden = result.suppressed_at.get(t, 0)
+        key = (verdict, tuple(sorted(counts.items())), tuple(bad), t in result.targets.rollback, hidden)
         group = groups.setdefault(
             key, {"targets": [], "verdict": verdict, "outcomes": dict(sorted(counts.items())), "surface": bad,
-                  "rollback": t in result.targets.rollback}
+                  "rollback": t in result.targets.rollback, "suppressed": hidden}
         )  # fmt: skip
         group["targets"].append(t)
     return list(groups.values())
@@ -75,8 +79,14 @@ def sentence(result: Result) -> str:
         what += f" in {took:.1f} s"
     hidden = sum(1 for b in result.blind if b["what"] == "sub-operation")
     tail = f"; the sub-operations of {hidden} hypercall{'s' if hidden != 1 else ''} could not be seen" if hidden else ""
+    accepted = suppressed(result)
+    tail += f"; suppressed: {accepted}" if accepted else ""
     if not any(i.entries for i in result.inputs):
         return f"Nothing to judge: there is no hypercall in {len(result.inputs)} input(s)."
+    if result.migration:
+        tail += f"; counted is what a migration of kind {', '.join(k for k in KINDS if k in result.migration)} catches"
+    if result.path is not None:
+        return _along(result.path, what, tail)
     by: dict[str, list[str]] = {}
     for g in groups:
         by.setdefault(g["verdict"], []).extend(g["targets"])
@@ -92,11 +102,65 @@ def sentence(result: Result) -> str:
     return f"From {source}: {', '.join(parts)}, for {what}{tail}."
 
 
+def _along(path: fleet.Path, what: str, tail: str) -> str:
+    """Return the first line of a fleet path."""
+    by: dict[str, list[str]] = {}
+    for leg in path.legs:
+        by.setdefault(verdict_of(leg.bits), []).append(f"{leg.left} to {leg.host}")
+    name = ", ".join(path.hosts)
+    if set(by) == {"safe"}:
+        return f"Safe along {name} for {what}{tail}."
+    words = {"breaks": "breaks from", "review": "to be reviewed from", "safe": "safe from"}
+    parts = [f"{words[v]} {', '.join(by[v])}" for v in words if v in by]
+    return f"Along {name}: {'; '.join(parts)}; for {what}{tail}."
+
+
+def path(result: Result) -> dict[str, Any] | None:
+    """Return the fleet path of docs/json.md; None without one."""
+    if result.path is None:
+        return None
+    legs = [
+        {
+            "left": leg.left,
+            "host": leg.host,
+            "hop": leg.hop,
+            "verdict": verdict_of(leg.bits),
+            "outcomes": dict(sorted(leg.outcomes.items())),
+            "surface": list(leg.surface),
+        }
+        for leg in result.path.legs
+    ]
+    return {"hosts": list(result.path.hosts), "legs": legs}
+
+
+def advice(result: Result) -> list[dict[str, Any]]:
+    """Return what to do."""
+    return [
+        {
+            "kind": a.kind,
+            "text": a.text,
+            "targets": list(a.targets),
+            "through": a.through,
+            "operations": list(a.operations),
+            "migration": list(a.migration),
+        }
+        for a in result.advice
+    ]
+
+
+def suppressed(result: Result) -> str:
+    """Return how much was suppressed, as text; empty if nothing was."""
+    used = result.suppressions
+    return suppress.counted(sum(u.taken for u in used), sum(u.surface_taken for u in used))
+
+
 def summary(result: Result) -> dict[str, Any]:
     """Return the summary object of docs/json.md."""
     bits = 0
     for t in result.counted:
         bits |= result.target_bits(t)
+    if result.path is not None:
+        bits |= result.path.bits
     verdict = verdict_of(bits)
     if not any(i.entries for i in result.inputs):
         verdict = "incomplete"
@@ -143,7 +207,9 @@ def finding(row: Mapping[str, Any]) -> dict[str, Any]:
         "errno": row["errno"],
         "harmless": row["harmless"],
         "rollback": not row["in_exit"],
+        "exit_bits": row["bits"],
         "text": row["text"],
+        "harm": harm.sentence(row),
     }
 
 
@@ -152,7 +218,7 @@ def single(row: Mapping[str, Any]) -> dict[str, Any]:
     out = finding(row)
     targets = out.pop("targets")
     out["seq"] = out["input"] = None
-    del out["rollback"]
+    del out["rollback"], out["exit_bits"]
     return {**out, "target": targets[0]}
 
 
@@ -196,7 +262,6 @@ def inputs(result: Result) -> list[dict[str, Any]]:
 
 def surface_rows(result: Result) -> list[dict[str, Any]]:
     """Return the surface table."""
-    codes = {"breaks": "XT020", "undecidable": "XT021", "unknown": "XT022"}
     return [
         {
             "domid": r.domid,
@@ -210,7 +275,8 @@ def surface_rows(result: Result) -> list[dict[str, Any]]:
                 {
                     "targets": list(v.targets),
                     "verdict": v.verdict,
-                    "code": codes.get(v.verdict),
+                    "code": CODES.get(v.verdict),
+                    "suppressed": reason(result, v.suppressed),
                     "outcomes": v.outcomes,
                     "breaking": list(v.breaking),
                     "unknown": list(v.unknown),
@@ -223,6 +289,41 @@ def surface_rows(result: Result) -> list[dict[str, Any]]:
     ]
 
 
+def reason(result: Result, index: int | None) -> dict[str, Any] | None:
+    """Return which suppression took something, and why; None for none."""
+    return None if index is None else {"index": index, "reason": result.suppressions[index].suppression.reason}
+
+
+def suppressions(result: Result) -> list[dict[str, Any]]:
+    """Return what became of each suppression."""
+    out = []
+    for used in result.suppressions:
+        s = used.suppression
+        out.append(
+            {
+                "path": s.path,
+                "line": s.line,
+                "selectors": dict(s.said),
+                "reason": s.reason,
+                "expires": None if s.expires is None else s.expires.isoformat(),
+                "expired": used.expired,
+                "code": used.code,
+                "matched": used.matched,
+                "suppressed": used.taken,
+                "surface_matched": used.surface_matched,
+                "surface_suppressed": used.surface_taken,
+            }
+        )
+    return out
+
+
+def suppressed_rows(result: Result) -> Iterator[dict[str, Any]]:
+    """Yield the suppressed findings one by one, however many there are."""
+    for batch in result.suppressed.batches():
+        for row in batch.iter_rows(named=True):
+            yield {**finding(row), "suppressed": reason(result, row["suppressed"])}
+
+
 def head(result: Result) -> dict[str, Any]:
     """Return the document without its findings."""
     return {
@@ -232,8 +333,12 @@ def head(result: Result) -> dict[str, Any]:
         "notes": result.notes,
         "calls": result.calls,
         "continuations": {"proved": result.proved, "inferred": result.inferred},
+        "migration": [k for k in KINDS if k in result.migration],
+        "path": path(result),
+        "advice": advice(result),
         "surface": surface_rows(result),
         "blind": result.blind,
+        "suppressions": suppressions(result),
         "summary": summary(result),
     }
 
@@ -247,4 +352,4 @@ def rows(result: Result) -> Iterator[dict[str, Any]]:
 
 def document(result: Result) -> dict[str, Any]:
     """Return the whole of ``analyze --format json``."""
-    return {**head(result), "findings": list(rows(result))}
+    return {**head(result), "findings": list(rows(result)), "suppressed": list(suppressed_rows(result))}

@@ -9,7 +9,7 @@ from xtrace.report import common
 from xtrace.schema import SCHEMA_VERSION
 
 if TYPE_CHECKING:
-    from xtrace.inspection import Inspection, VcpuState
+    from xtrace.inspection import Inspection, TaskState, VcpuState
 
 __all__ = ("document", "write_json")
 
@@ -39,6 +39,7 @@ def document(inspection: Inspection) -> dict[str, Any]:
         "assumptions": result.assumptions,
         "notes": result.notes,
         "vcpus": [_vcpu(state) for state in inspection.vcpus],
+        **_tasks(inspection),
         "targets": common.target_groups(result),
         "exit_status": inspection.bits,
         "findings": list(common.rows(result)),
@@ -47,8 +48,6 @@ def document(inspection: Inspection) -> dict[str, Any]:
 
 def _vcpu(state: VcpuState) -> dict[str, Any]:
     vcpu = state.vcpu
-    reading = common.decode(state.reading) or {}
-    inner = reading.get("inner")
     return {
         "vcpu": vcpu.number,
         "caller": vcpu.caller,
@@ -60,14 +59,57 @@ def _vcpu(state: VcpuState) -> dict[str, Any]:
         "parked": state.parked,
         "evidence": state.evidence,
         "why": state.why,
-        "op": state.call.op if state.call is not None else None,
-        "hypercall": reading.get("hypercall"),
-        "subop": reading.get("subop"),
-        "progress": reading.get("progress"),
-        "remaining": reading.get("remaining"),
-        "total": reading.get("total"),
-        "unit": reading.get("unit"),
-        "inner": inner,
-        "memory": {name: hex(value) for name, value in state.memory.items()},
+        **_call(state),
         "offset": vcpu.offset,
+    }
+
+
+def _call(state: VcpuState) -> dict[str, Any]:
+    reading = common.decode(state.reading) or {}
+    names = ("hypercall", "subop", "progress", "remaining", "total", "unit", "inner")
+    return {
+        "op": state.call.op if state.call is not None else None,
+        **{name: reading.get(name) for name in names},
+        "memory": {name: hex(value) for name, value in state.memory.items()},
+    }
+
+
+def _tasks(inspection: Inspection) -> dict[str, Any]:
+    """Return what ``--tasks`` adds; nothing without it."""
+    scan = inspection.scan
+    if inspection.tasks is None or scan is None:
+        return {}
+    return {
+        "tasks": [_task(task) for task in inspection.tasks],
+        "scan": {
+            "pages": scan.pages,
+            "saved_frames": scan.saved,
+            "on_hypercall": scan.on,
+            "unreadable": scan.unreadable,
+            "not_listed": scan.on - len(inspection.tasks),
+            "undecided": inspection.undecided,
+            "kernel_known": scan.switch,
+        },
+    }
+
+
+def _task(task: TaskState) -> dict[str, Any]:
+    frame, state, life = task.frame, task.state, task.life
+    registers = state.vcpu.registers
+    return {
+        "stack": hex(registers["rsp"]),
+        "frame": hex(frame.address),
+        "caller": state.vcpu.caller,
+        "rip": hex(registers["rip"]),
+        "registers": {name: hex(value) for name, value in registers.items()},
+        "code": state.stand.code.hex(),
+        "on_hypercall": state.on_hypercall,
+        "runs_on": life.runs_on,
+        "live": life.live,
+        "live_evidence": life.evidence,
+        "parked": task.parked,
+        "evidence": task.evidence,
+        "why": task.why,
+        **_call(state),
+        "offset": state.vcpu.offset,
     }

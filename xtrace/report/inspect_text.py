@@ -17,6 +17,9 @@ __all__ = ("sentence", "write_text")
 
 _WIDTH = 80
 
+#: Tasks shown; the others are counted (JSON has more).
+_MOST_TASKS = 20
+
 
 def write_text(inspection: Inspection, out: TextIO) -> None:
     """Write the report; no line is longer than 80 columns."""
@@ -41,7 +44,10 @@ def _lines(inspection: Inspection) -> Iterator[str]:
     yield f"{'vCPU':<5}{'rip':<19}{'parked':<8}{'evidence':<14}what"
     for state in inspection.vcpus:
         yield from _vcpu(state)
-    if any(s.parked for s in inspection.vcpus) or any(g["surface"] for g in common.target_groups(inspection.result)):
+    if inspection.tasks is not None:
+        yield from _tasks(inspection)
+    parked = any(s.parked for s in inspection.vcpus) or any(t.parked for t in inspection.tasks or ())
+    if parked or any(g["surface"] for g in common.target_groups(inspection.result)):
         yield ""
         yield from _targets(inspection)
     yield from _findings(inspection)
@@ -57,14 +63,27 @@ def sentence(inspection: Inspection) -> str:
     parked = [s for s in states if s.parked]
     blind = [s for s in states if s.parked is None]
     total = f"{len(states)} vCPU{'s' if len(states) != 1 else ''}"
-    if parked:
-        what = "; ".join(f"vCPU {s.vcpu.number} in {_what(s)}" for s in parked[:4])
-        more = f" and {len(parked) - 4} more" if len(parked) > 4 else ""
-        return f"Caught inside a hypercall: {len(parked)} of {total}: {what}{more}."
+    tasks = [t for t in inspection.tasks or () if t.parked]
+    if parked or tasks:
+        held = [(f"vCPU {s.vcpu.number}", s) for s in parked]
+        held += [(f"the task with the stack at {t.frame.address:#x}", t.state) for t in tasks]
+        what = "; ".join(f"{who} in {_what(state)}" for who, state in held[:4])
+        more = f" and {len(held) - 4} more" if len(held) > 4 else ""
+        also = f" and {_tasks_text(len(tasks))}" if tasks else ""
+        return f"Caught inside a hypercall: {len(parked)} of {total}{also}: {what}{more}."
     if blind:
         return f"Cannot be told for {len(blind)} of {total} whether it is inside a hypercall; the others are not."
     tail = ", but the image is incomplete" if inspection.image.damage else ""
-    return f"Not caught inside a hypercall: none of {total}{tail}."
+    if inspection.undecided:
+        return f"Not caught inside a hypercall: none of {total}{tail}; for {_tasks_text(inspection.undecided)} it cannot be told."
+    none = ""
+    if inspection.scan is not None:
+        none = " and no task of its kernel" if inspection.scan.switch else "; its tasks cannot be told"
+    return f"Not caught inside a hypercall: none of {total}{none}{tail}."
+
+
+def _tasks_text(n: int) -> str:
+    return f"{n:,} task{'s' if n != 1 else ''}"
 
 
 def _what(state: VcpuState) -> str:
@@ -95,6 +114,28 @@ def _vcpu(state: VcpuState) -> Iterator[str]:
     yield from _wrap(state.why, " " * 5, " " * 5)
 
 
+def _tasks(inspection: Inspection) -> Iterator[str]:
+    scan, tasks = inspection.scan, inspection.tasks
+    assert scan is not None
+    assert tasks is not None
+    yield ""
+    text = f"Tasks: {scan.pages:,} pages hold {scan.saved:,} saved frame{'s' if scan.saved != 1 else ''} of kernel code"
+    yield from _wrap(f"{text}, {scan.on:,} on a hypercall instruction.", "", "  ")
+    if scan.unreadable:
+        yield from _wrap(f"{scan.unreadable:,} are not known: their code could not be read.", "  ", "  ")
+    if not tasks:
+        return
+    yield f"{'frame':<19}{'in use':<8}{'parked':<8}{'evidence':<14}what"
+    names = {True: "yes", False: "no", None: "unknown"}
+    for task in sorted(tasks, key=lambda t: (not t.parked, not t.undecided, t.life.live is False))[:_MOST_TASKS]:
+        head = f"{task.frame.address:<#19x}{names[task.life.live]:<8}{names[task.parked]:<8}{task.evidence:<14}"
+        what = _what(task.state) if task.life.live is not False and task.state.reading is not None else "-"
+        yield from _wrap(what, head, " " * 49)
+        yield from _wrap(task.why, " " * 5, " " * 5)
+    if scan.on > _MOST_TASKS:
+        yield f"  and {scan.on - min(len(tasks), _MOST_TASKS):,} more"
+
+
 def _targets(inspection: Inspection) -> Iterator[str]:
     result = inspection.result
     yield from _wrap(f"Left by {release.fold_text(result.sources)}, and resumed at:", "", "  ")
@@ -107,13 +148,17 @@ def _targets(inspection: Inspection) -> Iterator[str]:
 
 
 def _findings(inspection: Inspection) -> Iterator[str]:
-    seen: set[tuple[str, str, int]] = set()
+    seen: set[tuple[str, str, str]] = set()
+    frames = {t.frame.vcpu.offset: t.frame.address for t in inspection.tasks or ()}
     for row in common.rows(inspection.result):
-        key = (row["code"], row["text"], row["vcpu"])
+        whose = f"vCPU {row['vcpu']}"
+        if row["vcpu"] is None and row["offset"] in frames:
+            whose = f"task at {frames[row['offset']]:#x}"
+        key = (row["code"], row["text"], whose)
         if row["rollback"] or key in seen:
             continue
         seen.add(key)
         yield ""
-        who = f"{row['code']} vCPU {row['vcpu']}, {release.fold_text(row['targets'])} ({row['evidence']}): "
+        who = f"{row['code']} {whose}, {release.fold_text(row['targets'])} ({row['evidence']}): "
         caveats = f"; caveats: {', '.join(row['caveats'])}" if row["caveats"] else ""
         yield from _wrap(who + row["text"] + caveats, "", "  ")

@@ -17,16 +17,18 @@ def write_json(result: Result, out: TextIO) -> None:
     """Write one document (docs/json.md); findings are written as they are read, not gathered first."""
     head = json.dumps(common.head(result), indent=1, ensure_ascii=True)
     out.write(head[: head.rindex("}")].rstrip())
-    out.write(',\n "findings": [')
-    comma = "\n"
-    for row in common.rows(result):
-        out.write(comma + "  " + json.dumps(row))
-        comma = ",\n"
-    out.write("]\n}\n" if comma == "\n" else "\n ]\n}\n")
+    for key, found in (("findings", common.rows(result)), ("suppressed", common.suppressed_rows(result))):
+        out.write(f',\n "{key}": [')
+        comma = "\n"
+        for row in found:
+            out.write(comma + "  " + json.dumps(row))
+            comma = ",\n"
+        out.write("]" if comma == "\n" else "\n ]")
+    out.write("\n}\n")
 
 
 def write_jsonl(result: Result, out: TextIO, *, told: bool = False) -> None:
-    """Write one object a line: inputs, findings, surface rows, and the summary last; ``type`` says which.
+    """Write one object a line: inputs, findings, suppressed ones, surface rows, and the summary last; ``type`` says which.
 
     Args:
         result: what was found.
@@ -38,6 +40,8 @@ def write_jsonl(result: Result, out: TextIO, *, told: bool = False) -> None:
         out.write(json.dumps({"type": "input", **item}) + "\n")
     for row in () if told else common.rows(result):
         out.write(json.dumps({"type": "finding", **row}) + "\n")
+    for row in common.suppressed_rows(result):
+        out.write(json.dumps({"type": "suppressed", **row}) + "\n")
     for row in head.pop("surface"):
         out.write(json.dumps({"type": "surface", **row}) + "\n")
     out.write(json.dumps({"type": "summary", **head}) + "\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any, TextIO
 
 import polars as pl
 
 from xtrace import release
-from xtrace.analyze import rules
+from xtrace.analyze import harm, rules, suppress
+from xtrace.analyze.exposure import KINDS
 from xtrace.report import common, ledger
 from xtrace.schema import ARGS
 
@@ -23,7 +25,7 @@ _COLOURS = {"safe": "green", "review": "yellow", "breaks": "red"}
 #: What findings share when they are shown as one.
 _KEY = (
     "code", "outcome", "hypercall", "subop", "caller", "domid", "evidence", "errno", "harmless", "in_exit", "issuer",
-    "migrates",
+    "migrates", "bits", "source",
 )  # fmt: skip
 
 
@@ -47,10 +49,13 @@ def write_text(result: Result, out: TextIO, *, verbose: bool = False, width: int
         console.print("note: " + _safe(line))
     console.print()
     _targets(result, console)
+    _path(result, console)
     _findings(result, console, verbose)
     _surface(result, console)
+    _suppressed(result, console)
     _blind(result, console)
     _ledger(result, console)
+    _advice(result, console)
 
 
 def _safe(text: str) -> str:
@@ -69,9 +74,52 @@ def _targets(result: Result, console: Console) -> None:
         table.add_column(name, overflow="fold")
     for g in common.target_groups(result):
         counts = ", ".join(f"{k} {v:,}" for k, v in g["outcomes"].items()) or "none"
+        if g["suppressed"]:
+            counts += f" ({g['suppressed']:,} suppressed)"
         name = release.fold_text(g["targets"]) + (" (rollback)" if g["rollback"] else "")
         table.add_row(name, g["verdict"], counts, ", ".join(g["surface"]) or "none", style=_COLOURS[g["verdict"]])
     console.print(table)
+
+
+def _path(result: Result, console: Console) -> None:
+    """Show every pair of hosts: neighbours by the number of the hop, others as a call in flight over several."""
+    if result.path is None:
+        return
+    from rich.table import Table
+
+    hosts = result.path.hosts
+    console.print()
+    console.print("Hop by hop, and what was left on a host before the last:", style="bold")
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for name in ("hop", "left by", "resumed at", "verdict", "continuations", "calls that could break"):
+        table.add_column(name, overflow="fold")
+    number = 0
+    for leg in sorted(result.path.legs, key=lambda leg: (hosts.index(leg.host), -hosts.index(leg.left))):
+        number += leg.hop
+        counts = ", ".join(f"{k} {v:,}" for k, v in sorted(leg.outcomes.items())) or "none"
+        verdict = common.verdict_of(leg.bits)
+        table.add_row(
+            str(number) if leg.hop else "", leg.left, leg.host, verdict, counts, ", ".join(leg.surface) or "none",
+            style=_COLOURS[verdict],
+        )  # fmt: skip
+    console.print(table)
+
+
+def _advice(result: Result, console: Console) -> None:
+    if not result.advice:
+        return
+    console.print()
+    console.print("What to do:", style="bold")
+    for one in result.advice:
+        _wrapped(f"- {one.text}", console, 2)
+
+
+def _wrapped(text: str, console: Console, indent: int) -> None:
+    """Print a paragraph, its further lines two columns deeper."""
+    for line in textwrap.wrap(
+        common.clean(text), 79, initial_indent=" " * indent, subsequent_indent=" " * (indent + 2), break_on_hyphens=False
+    ):
+        console.print(_safe(line))
 
 
 def _findings(result: Result, console: Console, verbose: bool) -> None:
@@ -102,6 +150,8 @@ def _findings(result: Result, console: Console, verbose: bool) -> None:
         clean = rows[0]["outcome"] in ("resumes", "restarts") and rows[0]["caveats"]
         for row in rows:
             _caveat(row, console) if clean else _one(row, console, result)
+        if clean:
+            _wrapped(f"harm: {harm.CAVEATS[rule.name].capitalize()}.", console, 2)
         console.print(f"  {rule.what_to_do}", style="dim")
     if verbose:
         console.print()
@@ -127,7 +177,12 @@ def _one(row: dict[str, Any], console: Console, result: Result) -> None:
         f"  {_safe(_head(row))} ({row['caller']}, issuer {row['issuer']}, {who})"
         + (f", caveats: {', '.join(row['caveats'])}" if row["caveats"] else "")
     )
+    if not row["bits"]:
+        console.print(f"    not caught by {', '.join(k for k in KINDS if k in result.migration)}: not counted")
+    if row["source"] not in ("/".join(result.sources), *result.sources):
+        console.print(f"    as {_safe(row['source'])} would leave it of a call that began on {_safe(result.sources[0])}")
     console.print(f"    {_safe(row['text'])}")
+    _wrapped(f"harm: {harm.sentence(row)}", console, 4)
     place = f"line {row['line']}" if row["line"] is not None else f"byte {row['offset']:,}"
     path = result.inputs[row["input"]].path
     args = " ".join(f"{a}={v:#x}" if v is not None else f"{a}=?" for a, v in zip(ARGS, row["args"], strict=True) if v is not None)
@@ -158,7 +213,7 @@ def _surface(result: Result, console: Console) -> None:
         name = f"{r.hypercall}/{r.subop}" if r.subop else r.hypercall
         who = "unknown domain" if r.domid is None else f"domain {r.domid}"
         for v in r.verdicts:
-            if v.verdict == "safe":
+            if not v.open or not r.caught:
                 continue
             counted = [t for t in v.targets if t not in result.targets.rollback]
             if not counted:
@@ -177,6 +232,20 @@ def _surface(result: Result, console: Console) -> None:
     for text, names in lines.items():
         console.print(f"  {_safe(text)}:")
         console.print("    " + _safe(", ".join(names)))
+
+
+def _suppressed(result: Result, console: Console) -> None:
+    used = [(u, suppress.counted(u.taken, u.surface_taken)) for u in result.suppressions]
+    if not any(count for _, count in used):
+        return
+    console.print()
+    console.print("Suppressed, and counted neither for the verdict nor for the exit status:", style="bold")
+    for u, count in used:
+        if count:
+            s = u.suppression
+            until = f", until {s.expires}" if s.expires else ""
+            console.print("  " + _safe(f"{count}: {s.reason}"))
+            console.print("    " + _safe(f"{s.selectors} ({s.where}{until})"))
 
 
 def _blind(result: Result, console: Console) -> None:

@@ -1,0 +1,41 @@
+"""Work on the next blocks of an input while this one is still being used."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+
+__all__ = ("ahead",)
+
+#: Blocks that are worked on ahead of the one in use; so many are held at most.
+AHEAD: Final = 2
+
+B = TypeVar("B")
+R = TypeVar("R")
+
+
+def ahead(blocks: Iterable[B], work: Callable[[B], R]) -> Iterator[tuple[B, R]]:
+    """Yield each block and what ``work`` makes of it, in order.
+
+    The blocks are taken by the caller's thread, ``work`` runs in others and must touch nothing that is shared (NumPy and
+    Polars leave Python's lock to others while they work on arrays).
+    """
+    with ThreadPoolExecutor(AHEAD) as pool:
+        under_way: deque[tuple[B, Future[R]]] = deque()
+        try:
+            for block in blocks:
+                under_way.append((block, pool.submit(work, block)))
+                if len(under_way) > AHEAD:
+                    first, done = under_way.popleft()
+                    yield first, done.result()
+            while under_way:
+                first, done = under_way.popleft()
+                yield first, done.result()
+        finally:
+            for _, future in under_way:
+                future.cancel()

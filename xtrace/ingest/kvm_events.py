@@ -1,0 +1,204 @@
+"""Reader of hypercalls that guests of KVM made to an emulated Xen: QEMU's and KVM's own trace events.
+
+``-accel kvm,xen-version=…`` makes QEMU answer Xen hypercalls; KVM answers a few itself (event channel send, timers)::
+
+    kvm_xen_hypercall xen_hypercall: cpu 0 cpl 0 input 12 a0 0x7 a1 0xffffffff82003d40 a2 0x0 ret 0x0
+    4711@1690000000.123456:kvm_xen_hypercall xen_hypercall: cpu 0 …            log backend with timestamps, until 2025
+    2025-11-05T10:00:00.123456Z kvm_xen_hypercall xen_hypercall: cpu 0 …       log backend with timestamps, since
+    kvm_xen_hypercall 12.345 pid=4711 cpu=0x0 cpl=0x0 input=0xc a0=0x7 …       simple backend (scripts/simpletrace.py)
+    CPU 0/KVM-4713 [005] d.... 1234.567890: kvm_xen_hypercall: cpl 0 nr 0xc a0 0x7 a1 0x… a2 0x0 a3 0x0 a4 0x0 a5 0
+
+Sources: QEMU target/i386/kvm/trace-events and xen-emu.c kvm_xen_handle_exit (8.0 on), scripts/tracetool/backend/log.py, util/log.c
+qemu_log; Linux arch/x86/kvm/trace.h (5.12 on; ``cpl`` since c3f3719952b9, 6.2) and xen.c kvm_xen_hypercall.
+
+* No Xen is there and nothing preempts a hypercall: there are no continuations to be seen, only which calls a guest makes. It is
+  an HVM guest; a value above 32 bits proves a 64-bit caller (KVM cuts a 32-bit caller's registers), else it is null.
+* QEMU prints a call when it is done, with its result: the call and its return are one line. Its arguments are the first three.
+* KVM's tracepoint is at the entry. It prints six arguments, of which a4 and a5 are left null: until commit 2b72f1674e42 (2026) the
+  kernel stored a5 in a4's place and left a5 unset, and a line does not say which kernel printed it.
+* KVM's line has the host's CPU in brackets; the vCPU is in the name that QEMU gives its threads ("CPU 0/KVM"), where the task has
+  one. Where threads of several machines have one such name, only the first one's calls get the number.
+* The simple backend prints the time since the record before, of whatever event: no time.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final
+
+import numpy as np
+import polars as pl
+
+from xtrace.ingest.base import Shows
+from xtrace.ingest.follow import GrowingSource
+from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks, magnitudes
+from xtrace.ingest.linux_lines import EVENT_LINE, losses, parse, times
+from xtrace.ingest.text import Found, TextRecording
+from xtrace.schema import ARGS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from xtrace.ingest.base import ReadOptions
+    from xtrace.ingest.source import Source
+
+__all__ = ("READER", "KvmEventsReader", "KvmEventsRecording")
+
+_X: Final = r"(0x[0-9a-f]{1,16})"
+_ANY: Final = "xen_hypercall"
+_LOG: Final = rf"xen_hypercall: cpu ([0-9]{{1,5}}) cpl [0-9]+ input ([0-9]{{1,20}}) a0 {_X} a1 {_X} a2 {_X} ret {_X}\s*$"
+_SIMPLE: Final = (
+    r"^kvm_xen_hypercall -?[0-9]+\.[0-9]{3} pid=[0-9]+ "
+    rf"cpu=(0x[0-9a-f]{{1,5}}) cpl=0x[0-9a-f]+ input={_X} a0={_X} a1={_X} a2={_X} ret={_X}\s*$"
+)
+_QEMU: Final = ("vcpu", "op", "arg0", "arg1", "arg2", "ret")
+_STAMP: Final = r"(?:^|\s)[0-9]+@([0-9]{1,10})\.([0-9]{6}):kvm_xen_hypercall "
+_ISO: Final = r"^([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?)Z kvm_xen_hypercall "
+_QEMU_LINE: Final = r"^(?:[0-9]+@[0-9]+\.[0-9]{6}:|[0-9-]{10}T[0-9:.]{8,18}Z )?[a-z][a-z0-9]*_\w+ "
+_LOOKS: Final = r"xen_hypercall:? +(?:cp[ul]|nr|-?[0-9.]+ pid=)"
+_KVM: Final = rf"^(?:cpl [0-9]+ )?nr {_X} a0 {_X} a1 {_X} a2 {_X} a3 {_X} a4 0x[0-9a-f]{{1,16}} a5 (?:0x)?[0-9a-f]{{1,16}}\s*$"
+_TASK: Final = r"^\s*CPU ([0-9]{1,5})/KVM[- ] *([0-9]{1,10})(?:/[0-9]+)? "
+#: More threads than this are not told apart.
+_THREADS: Final = 1 << 16
+_TEXT: Final = ("line", "offset", "text")
+_SNIFF: Final = re.compile(
+    rb"(?m)xen_hypercall: cpu [0-9]+ cpl [0-9]+ input |kvm_xen_hypercall: +(?:cpl [0-9]+ )?nr 0x[0-9a-f]+ a0 0x"
+    rb"|^kvm_xen_hypercall -?[0-9]+\.[0-9]{3} pid="
+)
+
+
+@dataclass
+class KvmEventsRecording(TextRecording):
+    """An opened log; see ``xtrace.ingest.base.Recording``."""
+
+    format: ClassVar[str] = "kvm-xen"
+
+    def __post_init__(self) -> None:
+        """Start with no thread seen."""
+        super().__post_init__()
+        self._threads: dict[int, int] = {}  # vCPU -> the first thread of that name
+
+    def blocks(self) -> Iterator[LineBlock]:
+        """Yield blocks of lines, large ones: what a block costs beside its lines weighs less."""
+        size = block_bytes(self.options)
+        return line_blocks(self.source.file, size * 4 if size == 1 << 22 and not isinstance(self.source, GrowingSource) else size)
+
+    def read(self, lines: pl.DataFrame) -> Found:
+        """Read whole lines."""
+        some = lines.filter(pl.col("text").str.contains(_ANY, literal=True)).select(_TEXT)
+        called, left = self._qemu(some)
+        kernel, bad = self._kernel(left)
+        lost = losses(lines)
+        rows = pl.concat([called, kernel, lost.with_columns(kind=pl.lit("lost"), order=pl.lit(0, pl.Int32))], how="diagonal").sort(
+            "line", "order", maintain_order=True
+        )
+        # Every event line is a record, whatever the event.
+        event = lines["text"].str.contains(EVENT_LINE)
+        rest = lines.filter(~event).select(_TEXT)
+        understood, number = event.to_numpy(writable=True), lines["line"].to_numpy()
+        for part, value in ((rest.filter(rest["text"].str.contains(_QEMU_LINE)), True), (rows, True), (bad, False)):
+            understood[np.searchsorted(number, part["line"].to_numpy())] = value
+        noise = None
+        if len(self.ledger.unparsed) < self.ledger.SHOWN:
+            noise = lines.filter(~pl.Series(understood) & ~lines["line"].is_in(bad["line"].implode()))
+        return Found(rows.drop("order"), bad, int(understood.sum()), noise)
+
+    def _qemu(self, some: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Read QEMU's lines, two rows each; return the other lines as well."""
+        parts, left = [], some
+        for pattern in (_LOG, _SIMPLE):
+            out = left.with_columns(pl.col("text").str.extract_groups(pattern).struct.rename_fields(_QEMU).struct.unnest())
+            hit = out["vcpu"].is_not_null()
+            parts.append(out.filter(hit))
+            left = left.filter(~hit)
+        out = pl.concat(parts).with_columns(magnitudes(pl.col(n)) for n in _QEMU)
+        whole = (out["op"] < 1 << 32).fill_null(value=False)
+        left = pl.concat([left, out.filter(~whole).select(_TEXT)])
+        good = _wall(out.filter(whole)).with_columns(
+            pl.col("op").cast(pl.UInt32),
+            pl.col("vcpu").cast(pl.UInt32),
+            caller=_caller(ARGS[:3]),
+            kind=pl.lit("vmmcall"),
+            order=pl.lit(0, pl.Int32),
+        )
+        ends = good.select(
+            "line", "offset", "vcpu", "op", "time_ns", "caller",
+            kind=pl.lit("return"), result=pl.col("ret").reinterpret(signed=True), order=pl.lit(1, pl.Int32),
+        )  # fmt: skip
+        return pl.concat([good.drop("text", "ret"), ends], how="diagonal"), left
+
+    def _kernel(self, some: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Read KVM's lines; return their rows, and the lines that look like a call and cannot be understood."""
+        names = ["op", *ARGS[:4]]
+        out = (
+            times(parse(some))
+            .with_columns(pl.col("fields").str.extract_groups(_KVM).struct.rename_fields(names).struct.unnest())
+            .with_columns(magnitudes(pl.col(n)) for n in names)
+        )
+        whole = ((out["event"] == "kvm_xen_hypercall") & (out["op"] < 1 << 32)).fill_null(value=False)
+        left = out.filter(~whole).select(_TEXT)
+        good = self._vcpus(out.filter(whole)).with_columns(
+            pl.col("op").cast(pl.UInt32),
+            pcpu=pl.col("_cpu"),
+            caller=_caller(ARGS[:4]),
+            kind=pl.lit("vmmcall"),
+            order=pl.lit(0, pl.Int32),
+        )
+        keep = ("line", "offset", "order", "kind", "pcpu", "vcpu", "tsc", "time_ns", "caller", *names)
+        return good.select(keep), left.filter(pl.col("text").str.contains(_LOOKS))
+
+    def _vcpus(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """Take the vCPU from the task's name, unless another thread had that name before."""
+        task = pl.col("head").str.extract_groups(_TASK)
+        out = rows.rename({"vcpu": "_cpu"}).with_columns(
+            vcpu=task.struct[0].cast(pl.UInt32), _tid=task.struct[1].cast(pl.UInt64, strict=False)
+        )
+        firsts = out.drop_nulls(["vcpu", "_tid"]).unique("vcpu", keep="first", maintain_order=True)
+        for vcpu, tid in firsts.select("vcpu", "_tid").iter_rows():
+            if len(self._threads) < _THREADS:
+                self._threads.setdefault(vcpu, tid)
+        owner = pl.col("vcpu").replace_strict(self._threads, default=None, return_dtype=pl.UInt64)
+        return out.with_columns(vcpu=pl.when(owner == pl.col("_tid")).then("vcpu"))
+
+
+def _wall(rows: pl.DataFrame) -> pl.DataFrame:
+    """Read the wall clock before QEMU's lines into ``time_ns``."""
+    seconds, micros = (pl.col("text").str.extract(_STAMP, i).cast(pl.Int64, strict=False) for i in (1, 2))
+    out = rows.with_columns(time_ns=seconds * 10**9 + micros * 1000)
+    if out["time_ns"].null_count():
+        iso = pl.col("text").str.extract(_ISO).str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="ns", strict=False)
+        out = out.with_columns(time_ns=pl.coalesce("time_ns", iso.dt.epoch("ns")))
+    return out
+
+
+def _caller(arguments: tuple[str, ...]) -> pl.Expr:
+    return pl.when(pl.any_horizontal(pl.col(a) >= 1 << 32 for a in arguments)).then(pl.lit("hvm64"))
+
+
+class KvmEventsReader:
+    """Xen hypercalls of KVM guests; see ``xtrace.ingest.base.Reader``."""
+
+    name = "kvm-xen"
+    title = "QEMU's and KVM's trace events of an emulated Xen (kvm_xen_hypercall)"
+    shows = Shows(
+        op="every hypercall that the tracing side handles (KVM handles a few before QEMU)",
+        subop="where it is an argument",
+        arguments="the first three (QEMU) or four (KVM)",
+        who="vCPU (QEMU; KVM where QEMU names its threads); not the guest",
+        time="wall clock (QEMU with timestamps), seconds or TSC (KVM)",
+        result="of QEMU's",
+        unobservable="continuations: KVM and QEMU never preempt a hypercall",
+    )
+    streams = True
+
+    def sniff(self, head: bytes) -> int:
+        """Say how sure this reader is: 90 for a line of ours."""
+        return 90 if _SNIFF.search(head) else 0
+
+    def open(self, source: Source, options: ReadOptions) -> KvmEventsRecording:
+        """Open ``source``; nothing is read before the batches are."""
+        return KvmEventsRecording(source, options)
+
+
+READER: Final = KvmEventsReader()
