@@ -227,27 +227,27 @@ class _Scan:
 
     def resync(self, at: int) -> int:
         """Find the next record behind the one at ``at``, which is none; return where it begins, or the end of the file."""
-        stride, start = self.shape.stride, at
-        found = self.find(at)
-        end = self.size if found is None else found
-        if self.held is not None:
-            start = self.held[0]
-            self.held = None
-        if found is not None:
-            end = found + stride
+        start = at if self.held is None else self.held[0]
+        self.held = None
+        found = self.find(at, start)
+        end = self.size if found is None else found + self.shape.stride
         self.ledger.skipped_bytes += end - start
         self.ledger.problem(f"no record where one is due; {end - start} bytes skipped", offset=start)
         self.index.lose()
         return end
 
-    def find(self, at: int) -> int | None:
-        """Search behind byte ``at`` for four records in a row; in step with ``at`` first."""
+    def find(self, broken: int, start: int) -> int | None:
+        """Search for four records in a row: in step with the record ``broken`` that is none, or anywhere behind byte ``start``.
+
+        ``start`` is the record before: where bytes were lost from inside it the next one begins before ``broken``. Fewer than
+        four do in step at the end of the file.
+        """
         stride = self.shape.stride
         keep = _CHAIN * stride - 1
-        step = self.peek(at + stride)
-        if step is not None:
-            return step
-        at, size = at + 1, _STEP_MIN
+        fits = self.fits(broken + stride)
+        if fits == _CHAIN:
+            return broken + stride
+        at, size = start + 1, _STEP_MIN
         while at < self.size:
             view = memoryview(bytearray(min(size + keep, self.size - at)))
             size = min(size * 4, _BLOCK)
@@ -258,14 +258,14 @@ class _Scan:
             if len(data) <= keep:
                 break
             at += len(data) - keep
-        return None
+        return broken + stride if fits else None
 
-    def peek(self, at: int) -> int | None:
-        """Return ``at`` if records stand there, four or as many as the file ends with."""
+    def fits(self, at: int) -> int:
+        """Return how many records stand at byte ``at``, four or as many as the file ends with; 0 if one of these is none."""
         data = os.pread(self.fd, _CHAIN * self.shape.stride, at)
         records = np.frombuffer(data, dtype=self.shape.dtype, count=len(data) // self.shape.stride)
-        fits = len(records) > 0 and bool(_possible(records["cpu"], records["event"]).all()) and _ascending(records)
-        return at if fits else None
+        fit = bool(_possible(records["cpu"], records["event"]).all()) and _ascending(records)
+        return len(records) if fit else 0
 
 
 def scan(fd: int, size: int, shape: Shape, ledger: Ledger) -> WindowIndex:

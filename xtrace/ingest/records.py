@@ -271,7 +271,8 @@ def frame(rows: Rows, counts: Tally, numbers: NDArray[np.uint32], seq: int, tsc_
     if "since" in rows:
         since = _column("arg0", rows["since"], (flags & _SINCE) != 0)
         arguments["arg0"] = since if "arg0" not in arguments else pl.select(pl.coalesce(since, arguments["arg0"])).to_series()
-    arguments.setdefault("cut", pl.repeat(0, n, dtype=pl.UInt8, eager=True).alias("cut"))
+    if "cut" not in arguments:
+        arguments["cut"] = pl.repeat(0, n, dtype=pl.UInt8, eager=True).alias("cut")
 
     who = rows["who"]
     columns: dict[str, pl.Series] = {
