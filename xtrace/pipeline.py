@@ -377,7 +377,7 @@ def _along(options: Options, given: release.Selection | None) -> tuple[Options, 
         raise UsageError("--path names the targets; leave out --to")
     first = release.parse(hosts[0])
     if given is not None and [r.version for r in given.releases] != [hosts[0]]:
-        raise UsageError(f"--path begins with {hosts[0]}, which {options.said_by} does not name as the release that wrote the trace")
+        raise UsageError(f"--path begins with {hosts[0]}, but {options.said_by} names another release that wrote the trace")
     said = options.said_by if given is not None else "--path"
     return replace(options, source=hosts[0], targets=hosts[1:], said_by=said), first
 
@@ -712,6 +712,11 @@ class _Run:
         counts = [self.tally.counts[t] for t in counted]
         ways: dict[tuple[str | None, str], bool] = {}
 
+        calls = sorted({(str(c), int(op)) for c, op in seen.select("caller", "op").drop_nulls().iter_rows()})
+
+        def alike(version: str) -> object:
+            return tuple(facts.lookup(version, c, op).fingerprint for c, op in calls)
+
         def way(left: str | None, host: str) -> bool:
             if (left, host) not in ways:
                 ways[left, host] = self._way(result, seen, left, host)
@@ -722,7 +727,7 @@ class _Run:
                 self.sources, tuple(counted), {t: result.target_bits(t) for t in counted},
                 {t: broken.get(t, ()) for t in counted}, by_kind, self.migration,
                 tuple(str(b["hypercall"]) for b in result.blind if b["what"] == "sub-operation"),
-                any("undecidable" in c for c in counts), sum(i.entries for i in self.inputs), way,
+                any("undecidable" in c for c in counts), sum(i.entries for i in self.inputs), alike, way,
             )
         )  # fmt: skip
 

@@ -8,7 +8,6 @@ from being issued, stands in ``advice.toml``.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from xtrace import release
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ("Advice", "Drain", "Seen", "advise", "drains")
 
@@ -84,6 +83,7 @@ class Seen:
         blind: hypercalls whose sub-operation the recorder did not write.
         undecidable: some finding depends on what was not recorded.
         entries: hypercalls in the traces.
+        alike: equal for releases that treat all that was seen alike.
         way: whether everything that was seen resumes at a release if a given one left it last (None: the source itself).
     """
 
@@ -96,6 +96,7 @@ class Seen:
     blind: tuple[str, ...]
     undecidable: bool
     entries: int
+    alike: Callable[[str], object] = field(repr=False)
     way: Callable[[str | None, str], bool] = field(repr=False)
 
 
@@ -162,16 +163,15 @@ def _ways(seen: Seen, broken: Sequence[str]) -> Iterator[Advice]:
 
 
 def _between(seen: Seen, source: str, target: str) -> Iterator[str]:
-    """Yield releases between two, the newest of each series, that resume what was seen and leave what the target resumes."""
+    """Yield releases between two, newest first, that resume what was seen and leave what the target resumes."""
     known = release.releases()
     place = {r.version: i for i, r in enumerate(known)}
     low, high = sorted((place[release.base(source)], place[release.base(target)]))
-    newest = {r.series: r.version for r in known[low + 1 : high] if r.released}
+    # The newest of each kind: of releases that treat all alike one will do, and the newest is the one to be on.
+    kinds: dict[object, str] = {seen.alike(r.version): r.version for r in known[low + 1 : high] if r.released}
     tried = 0
-    for version in reversed(newest.values()):
-        if seen.broken.get(version) or release.base(source) == version:
-            continue
-        if not seen.way(version, target):
+    for version in sorted(kinds.values(), key=place.__getitem__, reverse=True):
+        if seen.broken.get(version) or not seen.way(version, target):
             continue
         tried += 1
         if seen.way(None, version):

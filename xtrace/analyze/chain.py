@@ -30,6 +30,9 @@ __all__ = ("Step", "chain", "drive")
 
 _RESUMES = outcomes.CODE["resumes"]
 
+#: Codecs of which a host leaves nothing that goes by the same number: it is never preempted, goes on as another, or how is unknown.
+_ENDS = ("none", "redirect", "unknown")
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -104,6 +107,8 @@ def drive(xen: Hypervisor, number: int, states: States) -> tuple[npt.NDArray[np.
     read = xen.decode(number, states)
     steps = np.zeros(len(states), np.uint64)
     for k, b in enumerate(read.behaviours):
+        if b.codec in _ENDS or b.never_left:
+            continue
         hit = read.which == k
         step = np.uint64(b.stride)
         more = read.remaining.known & (read.remaining.value > step) & hit & (read.special < 0)

@@ -101,7 +101,8 @@ def driven(frame: pl.DataFrame, left: str, host: str, roles: Mapping[int | None,
     for (number, caller, domid), rows in frame.group_by("op", "caller", "domid", maintain_order=True):
         if number is None or caller is None:
             continue
-        parts.append(_driven(rows, int(str(number)), str(caller), roles.get(cast("int | None", domid), roles.get(None)), left, host))
+        role = roles.get(cast("int | None", domid), roles.get(None))
+        parts.append(_driven(rows, int(str(number)), str(caller), role, left, host))
     if not parts:
         return frame.clear()
     return pl.concat(parts).with_columns(pl.lit("inferred").cast(frame.schema["evidence"]).alias("evidence")).sort(
@@ -128,7 +129,7 @@ def _driven(rows: pl.DataFrame, number: int, caller: str, role: str | None, left
         *(nullable(name, column.value, column.known) for name, column in zip(ARGS, again.args, strict=True)),
         _memory(again).alias("memory"),
     )
-    return pl.concat([blind, out.cast(rows.schema)])  # type: ignore[arg-type]
+    return pl.concat([blind, out.cast(rows.schema)])
 
 
 def _memory(states: States) -> pl.Series:

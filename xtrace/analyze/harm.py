@@ -141,7 +141,8 @@ class _Told:
             count = "the rest" if n is None else f"the {n:,} that {_is(n)} left"
         else:
             count = "the rest" if n is None else "the other one" if n == 1 else f"the other {n:,}"
-        return f"; {count} {_is(n)} not" + (f" ({undone})" if undone else "")
+        # The words in parentheses are of several units.
+        return f"; {count} {_is(n)} not" + (f" ({undone})" if undone and n != 1 else "")
 
 
 def _one(unit: str) -> str:
@@ -207,7 +208,7 @@ def _skips(t: _Told) -> str:
     n = None
     if mine is not None and theirs is not None and (total is not None or theirs < 1 << 32):
         n = (theirs if total is None else min(theirs, total)) - mine
-    undone = f" ({t.sides.nature.undone})" if t.sides.nature.undone else ""
+    undone = f" ({t.sides.nature.undone})" if t.sides.nature.undone and n != 1 else ""
     return f"{t.units(n)} {_is(n)} never {t.sides.nature.did}{undone}, and no errno tells the caller."
 
 
@@ -254,8 +255,9 @@ def _wrong(t: _Told) -> str:
             f"{t.target} reads the fields of the caller's structure at other offsets: what it works on is not what was asked for."
         )
     if a is not None and b is not None and (a.order, a.order_when) != (b.order, b.order_when):
-        did = t.sides.nature.did
-        return f"{t.target} goes on from the other end: some {t.read['unit'] or 'units'} are {did} twice and others never, and no errno tells the caller."
+        units, did = t.read["unit"] or "units", t.sides.nature.did
+        ends = f"some {units} are {did} twice and others never, and no errno tells the caller."
+        return f"{t.target} goes on from the other end: {ends}"
     return f"{t.done()}{t.left()}, and no errno tells the caller."
 
 
