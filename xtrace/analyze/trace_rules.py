@@ -80,6 +80,7 @@ class _Ledger(Protocol):
     lost_events: int
     skipped_bytes: int
     skipped_lines: int
+    nameless: int
     truncated: bool
 
 
@@ -104,6 +105,8 @@ def of_ledger(index: int, ledger: _Ledger, *, entries: int, places: Sequence[tup
         parts.append(f"{ledger.skipped_bytes:,} bytes could not be read")
     if ledger.skipped_lines:
         parts.append(f"{ledger.skipped_lines:,} line{'' if ledger.skipped_lines == 1 else 's'} could not be understood")
+    if ledger.nameless:
+        parts.append(f"{ledger.nameless:,} hypercalls' numbers are not in it")
     if ledger.truncated:
         parts.append("it ends inside a record")
     if parts:
@@ -145,7 +148,7 @@ class Checks:
 
     def __post_init__(self) -> None:
         if self.origin is not None:
-            self._seen = Identifier(self.callers)
+            self._seen = Identifier(self.callers, frozenset(map(release.base, self.sources)))
 
     def feed(self, events: pl.DataFrame, stitched: Stitched) -> None:
         """Take one batch: events as read, and what stitching made of them."""
@@ -166,10 +169,7 @@ class Checks:
         against = self._against(identified)
         if against is not None and identified is not None:
             named = release.fold_text(self.sources)
-            left = f"{release.fold_text(identified.left)} could" if identified.left else "no release could"
-            text = (
-                f"{named}, named by {self.origin}, cannot have written {against.what}: {against.why}; of all that it holds {left}"
-            )
+            text = f"{named}, named by {self.origin}, cannot have written {against.what}: {against.why}"
             out.append(TraceFinding("XT032", index, text, EXIT_REVIEW, None, against.seq, against.offset, against.line))
         for code, first in (("XT033", self._backwards), ("XT034", self._diverged if against is None else None)):
             if first is not None:
@@ -220,8 +220,10 @@ class Checks:
 
     def _order(self, entries: pl.DataFrame) -> None:
         """Look for states of one call that show less done than an earlier one."""
-        op = entries.get_column("op").fill_null(0).to_numpy()
-        some = entries.select("op", "caller").filter(entries.get_column("marked")).unique().drop_nulls()
+        marked = np.flatnonzero(entries.get_column("marked").to_numpy())
+        if not len(marked) and self._tail is None:
+            return
+        some = entries[marked].select("op", "caller").unique().drop_nulls()
         indexed = {int(n) for n, caller in some.iter_rows() if _keeps_index(self.sources[-1], str(caller), int(n))}
         if self._tail is not None:
             indexed |= set(self._tail.get_column("op").to_list())
@@ -230,7 +232,7 @@ class Checks:
         kind = entries.get_column("kind").to_physical().to_numpy()
         elsewhere = ~entries.get_column("on_insn").fill_null(value=True).to_numpy()
         state = ((kind == CODE["hypercall"]) | (kind == CODE["vmmcall"]) | (kind == CODE["sample"])) & ~elsewhere
-        state &= np.isin(op, list(indexed))
+        state &= np.isin(entries.get_column("op").fill_null(0).to_numpy(), list(indexed))
         new = entries.filter(pl.Series(state | (kind == CODE["return"]))).select(_KEPT)
         table = new.with_columns(begun=pl.lit(value=False))
         if self._tail is not None:

@@ -98,13 +98,15 @@ class Identifier:
     Args:
         callers: caller ABI by domain, as the user or a sidecar says; the key None is for all domains. Where nothing says, each
             caller that is possible must rule a release out.
+        suspects: releases that are of interest, if not all are: what rules out others is then told in part.
     """
 
     callers: Mapping[int | None, str] = field(default_factory=dict)
+    suspects: frozenset[str] = frozenset()
     _calls: Calls = field(init=False)
 
     def __post_init__(self) -> None:
-        self._calls = Calls(_known(), self.callers)
+        self._calls = Calls(_known(), self.callers, self.suspects)
 
     def feed(self, events: pl.DataFrame) -> None:
         """Look at one batch of ``schema.EVENTS``, in time order."""

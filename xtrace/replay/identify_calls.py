@@ -81,6 +81,8 @@ class Calls:
     Args:
         known: releases to judge, in order.
         callers: caller by domain; None is for all.
+        suspects: if given, only what counts against one of these releases is of interest; what counts against others is then
+            found in part.
 
     Attributes:
         numbers: hypercall number -> first PV entry record of it.
@@ -89,6 +91,7 @@ class Calls:
 
     known: Sequence[str]
     callers: Mapping[int | None, str] = field(default_factory=dict)
+    suspects: frozenset[str] = frozenset()
     numbers: dict[int, Place] = field(default_factory=dict)
     hvm_subcall: Place | None = None
     _epoch: int = 0
@@ -104,7 +107,9 @@ class Calls:
         epoch = (np.cumsum(lost) + self._epoch).astype(np.uint32)
         self._epoch = int(epoch[-1]) if len(epoch) else self._epoch
         takes = np.isin(kind, [CODE[k] for k in _KINDS])
-        rows = events.with_columns(pl.Series("epoch", epoch)).filter(pl.Series("takes", takes))
+        rows = events.with_columns(pl.Series("epoch", epoch))
+        if not takes.all():
+            rows = rows.filter(pl.Series("takes", takes))
         self._numbers(rows)
         self._subcalls(rows)
         rows = rows.filter(self._wanted(rows))
@@ -153,16 +158,26 @@ class Calls:
 
     def _numbers(self, rows: pl.DataFrame) -> None:
         """Note the first PV entry of each number, of traces of records."""
-        new = rows.filter((pl.col("kind") == "hypercall") & pl.col("line").is_null() & ~pl.col("op").is_in(list(self.numbers)))
-        if len(new):
-            for op, seq, offset, line in new.unique("op", keep="first").select("op", "seq", "offset", "line").iter_rows():
-                if op is not None:
-                    self.numbers[op] = (seq, offset, line)
+        op, line = rows.get_column("op"), rows.get_column("line")
+        new = rows.get_column("kind").to_physical().to_numpy() == CODE["hypercall"]
+        for column, wanted in ((op, False), (line, True)):
+            if column.null_count() != (len(column) if wanted else 0):
+                new &= column.is_null().to_numpy() == wanted
+        number = op.to_numpy() if not op.null_count() else op.fill_null(0).to_numpy()
+        at = np.flatnonzero(new & ~np.isin(number, np.fromiter(self.numbers, number.dtype, len(self.numbers))))
+        if len(at):
+            first = at[np.unique(number[at], return_index=True)[1]]
+            for value, seq, offset, place in rows[np.sort(first)].select("op", "seq", "offset", "line").iter_rows():
+                self.numbers[value] = (seq, offset, place)
 
     def _subcalls(self, rows: pl.DataFrame) -> None:
         """Note the first sub-call whose pCPU last recorded a multicall of an HVM guest; Xen itself is not preempted between."""
         if self.hvm_subcall is not None:
             return
+        if not self._last:
+            vmmcall = np.flatnonzero(rows.get_column("kind").to_physical().to_numpy() == CODE["vmmcall"])
+            if not (rows.get_column("op")[vmmcall] == MULTICALL).any():
+                return
         part = rows.filter(pl.col("kind").is_in(["hypercall", "vmmcall", "subcall"]) & pl.col("pcpu").is_not_null())
         if not len(part):
             return
@@ -245,16 +260,12 @@ class Calls:
         told: frozenset[int] | None, judge: Judge,
     ) -> None:  # fmt: skip
         classes = _classes(tuple(self.known), callers, number, told)
-        verdicts = []
-        for releases in classes:
-            worst: tuple[pairs.Codes, pairs.Codes] | None = None
-            for caller in callers:
-                if len(callers) > 1 and in_table(releases[0], caller, 12) is None:
-                    continue  # no such caller there, or nothing is known of it
-                now = judge(releases[0], caller, number)
-                better = now[0] < worst[0] if worst is not None else np.ones(len(rows), bool)
-                worst = now if worst is None else (np.where(better, now[0], worst[0]), np.where(better, now[1], worst[1]))
-            verdicts.append(worst if worst is not None else (np.zeros(len(rows), np.int8), np.zeros(len(rows), np.int8)))
+        if self.suspects:
+            # Others matter only where a suspect fails: what nobody explains counts against nobody.
+            some = [c for c in classes if self.suspects.intersection(c)]
+            if all((verdict == pairs.OK).all() for verdict, _ in self._verdicts(some, rows, callers, number, judge)):
+                return
+        verdicts = self._verdicts(classes, rows, callers, number, judge)
         explained = np.zeros(len(rows), bool)
         for verdict, _ in verdicts:
             explained |= verdict == pairs.OK
@@ -265,6 +276,23 @@ class Calls:
                     at = np.flatnonzero(hit & (why == reason))
                     key = (sort, number, callers, int(reason), weak)
                     self._note(key, releases, len(at), table, int(rows[at[0]]), int(owner[at[0]]))
+
+    @staticmethod
+    def _verdicts(
+        classes: Sequence[tuple[str, ...]], rows: Rows, callers: tuple[str, ...], number: int, judge: Judge
+    ) -> list[tuple[pairs.Codes, pairs.Codes]]:
+        """Judge rows for each class of releases: what the caller that explains most makes of each."""
+        verdicts = []
+        for releases in classes:
+            worst: tuple[pairs.Codes, pairs.Codes] | None = None
+            for caller in callers:
+                if len(callers) > 1 and in_table(releases[0], caller, 12) is None:
+                    continue  # no such caller there, or nothing is known of it
+                now = judge(releases[0], caller, number)
+                better = now[0] < worst[0] if worst is not None else np.ones(len(rows), bool)
+                worst = now if worst is None else (np.where(better, now[0], worst[0]), np.where(better, now[1], worst[1]))
+            verdicts.append(worst if worst is not None else (np.zeros(len(rows), np.int8), np.zeros(len(rows), np.int8)))
+        return verdicts
 
     def _note(
         self, key: tuple[str, int, tuple[str, ...], int, bool], releases: Sequence[str], times: int, table: pl.DataFrame,

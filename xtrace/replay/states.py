@@ -133,15 +133,22 @@ class States:
     @classmethod
     def from_frame(cls, frame: pl.DataFrame, *, prefix: str = "") -> States:
         """Build states from a frame with columns arg0…arg5, cut and memory (see ``schema.CONTINUATIONS``)."""
-        columns = []
-        for name in ARGS:
-            s = frame.get_column(prefix + name)
-            known = s.is_not_null().to_numpy()
-            columns.append(Column(s.fill_null(0).to_numpy(), known))
+        columns = tuple(_column(frame.get_column(prefix + name)) for name in ARGS)
         cut = None
         if not prefix and "cut" in frame.columns:
-            cut = frame.get_column("cut").fill_null(0).to_numpy()
-        return cls(tuple(columns), _memory(frame.get_column(prefix + "memory")), cut)
+            s = frame.get_column("cut")
+            cut = (s.fill_null(0) if s.null_count() else s).to_numpy()
+        return cls(columns, _memory(frame.get_column(prefix + "memory")), cut)
+
+
+def _column(s: pl.Series) -> Column:
+    """Turn a series into values and a mask; most are wholly recorded or not at all, which needs no look at each value."""
+    n, missing = len(s), s.null_count()
+    if missing == n:
+        return Column(np.zeros(n, np.uint64), np.zeros(n, bool))
+    if not missing:
+        return Column(s.to_numpy(), np.ones(n, bool))
+    return Column(s.fill_null(0).to_numpy(), s.is_not_null().to_numpy())
 
 
 def _memory(series: pl.Series) -> dict[str, Column]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from xtrace import release
-from xtrace.analyze import harm, suppress
+from xtrace.analyze import harm, rules, suppress
 from xtrace.analyze.exposure import EXIT_BREAK, EXIT_REVIEW, KINDS
 from xtrace.analyze.surface import CODES
 from xtrace.report import ledger
@@ -85,6 +85,9 @@ def sentence(result: Result) -> str:
         return f"Nothing to judge: there is no hypercall in {len(result.inputs)} input(s)."
     if result.migration:
         tail += f"; counted is what a migration of kind {', '.join(k for k in KINDS if k in result.migration)} catches"
+    doubts = dict.fromkeys(f.code for f in result.trace if f.bits & EXIT_REVIEW)
+    if doubts:
+        tail += f"; in doubt: {', '.join(f'{code} ({rules.get(code).title})' for code in doubts)}"
     if result.path is not None:
         return _along(result.path, what, tail)
     by: dict[str, list[str]] = {}
@@ -94,7 +97,7 @@ def sentence(result: Result) -> str:
     if lost:
         tail += f"; the trace is incomplete: {', '.join(dict.fromkeys(lost))}"
     words = {"breaks": "breaks at", "review": "to be reviewed for", "safe": "safe to"}
-    if set(by) == {"safe"} and lost:
+    if set(by) == {"safe"} and (lost or doubts):
         return f"From {source}: nothing seen that would break at {release.fold_text(by['safe'])}, for {what}{tail}."
     if set(by) == {"safe"}:
         return f"Safe from {source} to {release.fold_text(by['safe'])} for {what}{tail}."
@@ -161,6 +164,8 @@ def summary(result: Result) -> dict[str, Any]:
         bits |= result.target_bits(t)
     if result.path is not None:
         bits |= result.path.bits
+    for wrong in result.trace:
+        bits |= wrong.bits
     verdict = verdict_of(bits)
     if not any(i.entries for i in result.inputs):
         verdict = "incomplete"
@@ -324,6 +329,23 @@ def suppressed_rows(result: Result) -> Iterator[dict[str, Any]]:
             yield {**finding(row), "suppressed": reason(result, row["suppressed"])}
 
 
+def trace(result: Result) -> list[dict[str, Any]]:
+    """Return what is wrong with the inputs themselves."""
+    return [
+        {
+            "code": f.code,
+            "input": f.input,
+            "text": f.text,
+            "count": f.count,
+            "offset": f.offset,
+            "line": f.line,
+            "seq": f.seq,
+            "exit_bits": f.bits,
+        }
+        for f in result.trace
+    ]
+
+
 def head(result: Result) -> dict[str, Any]:
     """Return the document without its findings."""
     return {
@@ -338,6 +360,7 @@ def head(result: Result) -> dict[str, Any]:
         "advice": advice(result),
         "surface": surface_rows(result),
         "blind": result.blind,
+        "trace": trace(result),
         "suppressions": suppressions(result),
         "summary": summary(result),
     }

@@ -28,7 +28,9 @@ def write_json(result: Result, out: TextIO) -> None:
 
 
 def write_jsonl(result: Result, out: TextIO, *, told: bool = False) -> None:
-    """Write one object a line: inputs, findings, suppressed ones, surface rows, and the summary last; ``type`` says which.
+    """Write one object a line: inputs, findings, suppressed ones, surface rows, trace findings, and the summary last.
+
+    ``type`` says which.
 
     Args:
         result: what was found.
@@ -44,4 +46,6 @@ def write_jsonl(result: Result, out: TextIO, *, told: bool = False) -> None:
         out.write(json.dumps({"type": "suppressed", **row}) + "\n")
     for row in head.pop("surface"):
         out.write(json.dumps({"type": "surface", **row}) + "\n")
+    for row in head.pop("trace"):
+        out.write(json.dumps({"type": "trace", **row}) + "\n")
     out.write(json.dumps({"type": "summary", **head}) + "\n")

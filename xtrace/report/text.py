@@ -55,6 +55,7 @@ def write_text(result: Result, out: TextIO, *, verbose: bool = False, width: int
     _suppressed(result, console)
     _blind(result, console)
     _ledger(result, console)
+    _trace(result, console)
     _advice(result, console)
 
 
@@ -274,3 +275,16 @@ def _ledger(result: Result, console: Console) -> None:
         more = len(i.ledger.problems) - 5 + i.ledger.problems_dropped
         if more > 0:
             console.print(f"  {more:,} more problems")
+
+
+def _trace(result: Result, console: Console) -> None:
+    if not result.trace:
+        return
+    console.print()
+    console.print("What is wrong with the input itself:", style="bold")
+    for f in result.trace:
+        place = f"line {f.line}: " if f.line is not None else f"byte {f.offset:,}: " if f.offset is not None else ""
+        more = f" ({f.count:,} such)" if f.count is not None and f.count > 1 and f.code != "XT030" else ""
+        _wrapped(f"{f.code} {result.inputs[f.input].path}: {place}{f.text}{more}", console, 2)
+    for code in dict.fromkeys(f.code for f in result.trace):
+        _wrapped(f"{code}: {rules.get(code).what_to_do}", console, 2)
