@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from xtrace.ingest.source import Source
 
-__all__ = ("Domain", "Ledger", "Observed", "Problem", "ReadOptions", "Reader", "Recording", "Shows")
+__all__ = ("Domain", "Ledger", "Observed", "Problem", "ReadOptions", "Reader", "Recording")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,6 @@ class Ledger:
     """
 
     records: int = 0
-    lines: int = 0  # text: lines of any sort
     hypercalls: int = 0
     subcalls: int = 0
     vmmcalls: int = 0
@@ -95,37 +94,6 @@ class ReadOptions:
     tsc_khz: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Shows:
-    """What a format can show at best (``xtrace formats``); each text is a word or a short clause, "" is never.
-
-    Attributes:
-        op: which hypercall.
-        subop: its sub-operation, for hypercalls that have some.
-        arguments: argument registers.
-        rip: instruction pointer.
-        who: domain and vCPU.
-        time: time stamps.
-        memory: guest memory behind a call.
-        result: what a call returned.
-        proved: how a continuation shows itself by the record's own content.
-        inferred: what the sequence of records can show.
-        unobservable: what no file of this format can show.
-    """
-
-    op: str = ""
-    subop: str = ""
-    arguments: str = ""
-    rip: str = ""
-    who: str = ""
-    time: str = ""
-    memory: str = ""
-    result: str = ""
-    proved: str = ""
-    inferred: str = ""
-    unobservable: str = ""
-
-
 class Recording(Protocol):
     """An opened input. Iterate ``batches`` once; ledger and observed fill while it runs."""
 
@@ -143,7 +111,6 @@ class Reader(Protocol):
 
     name: str
     title: str
-    shows: Shows
 
     def sniff(self, head: bytes) -> int:
         """Say how sure this reader is of the first bytes of a file (up to 64 KiB): 0 no, 100 certain."""

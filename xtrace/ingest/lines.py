@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
     from xtrace.ingest.base import ReadOptions
 
-__all__ = ("MAX_LINE", "LineBlock", "block_bytes", "line_blocks", "magnitudes")
+__all__ = ("DEC", "HEX", "MAX_LINE", "LineBlock", "block_bytes", "line_blocks", "magnitudes")
 
 #: A longer line (bytes, without its newline) is skipped whole: no record is, and memory stays bounded.
 MAX_LINE: Final = 1 << 16
-_HEX: Final = r"^0[xX][0-9a-fA-F]{1,16}$"
-_DEC: Final = r"^[0-9]{1,20}$"
+
+#: Numbers as text inputs write them: 64 bits, no sign.
+HEX: Final = r"^0[xX][0-9a-fA-F]{1,16}$"
+DEC: Final = r"^[0-9]{1,20}$"
 
 
 @dataclass(slots=True)
@@ -127,8 +129,8 @@ def magnitudes(text: pl.Expr) -> pl.Expr:
         UInt64 expression.
     """
     return (
-        pl.when(text.str.contains(_HEX))
+        pl.when(text.str.contains(HEX))
         .then(text.str.slice(2).str.to_integer(base=16, dtype=pl.UInt64, strict=False))
-        .when(text.str.contains(_DEC))
+        .when(text.str.contains(DEC))
         .then(text.cast(pl.UInt64, strict=False))
     )

@@ -20,7 +20,7 @@ from xtrace import schema
 from xtrace.ingest.base import Domain, Ledger, Observed, ReadOptions
 from xtrace.ingest.clock import Clock, nanoseconds
 from xtrace.ingest.hypercalls import HYPERCALLS
-from xtrace.ingest.lines import MAX_LINE, LineBlock, block_bytes, line_blocks, magnitudes
+from xtrace.ingest.lines import DEC, HEX, MAX_LINE, LineBlock, block_bytes, line_blocks, magnitudes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,8 +35,6 @@ __all__ = ("READER",)
 _BEFORE: Final = r"(?:^|[^A-Za-z0-9_.\-/])"
 _MARKER: Final = rf"(?s){_BEFORE}(xtrace:(?:[ \t].*)?)$"
 _WORD: Final = r"[^ \t\r\n]+"
-_HEX: Final = r"^0[xX][0-9a-fA-F]{1,16}$"
-_DEC: Final = r"^[0-9]{1,20}$"
 _FIELD: Final = r"^mem\.[a-z_][a-z0-9_]*(?:\.[a-z0-9_]+)*$"
 _END: Final = ";"
 
@@ -479,7 +477,7 @@ def _pairs(words: list[str]) -> dict[str, str]:
 
 
 def _number(text: str, low: int, high: int, key: str) -> int:
-    if re.search(_HEX, text) or re.search(_DEC, text):
+    if re.search(HEX, text) or re.search(DEC, text):
         value = int(text[2:], 16) if text[:2] in ("0x", "0X") else int(text)
         if low <= value <= high:
             return value
