@@ -37,7 +37,7 @@ def plain(path: Path) -> bytes:
 
 
 def tiny() -> Path:
-    return next((SAMPLES / "dom0-4.17.7").glob("j5_tiny_pv.xentrace*"))
+    return next((SAMPLES / "dom0-4.17.7").glob("j5_tiny_pv.xentrace"))
 
 
 @pytest.mark.parametrize(

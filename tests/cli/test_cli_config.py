@@ -231,7 +231,7 @@ def test_config_text(tmp_path: Path) -> None:
         assert [name, *value.split(), *origin.split()] in [line.split() for line in lines]
     assert "(expired: does not count)" in " ".join(done.stdout.split())
     assert "a test machine" in done.stdout
-    assert "not read: " in done.stdout
+    assert "not read:" in done.stdout
     assert "did you mean XTRACE_TO?" in done.stderr
     assert all(len(line) <= 80 for line in lines if str(tmp_path) not in line)
 

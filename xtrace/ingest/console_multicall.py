@@ -137,10 +137,10 @@ def _entries(calls: pl.DataFrame) -> pl.DataFrame:
         result=pl.when(~alone).then("result"),
         kind=pl.when(alone).then(pl.lit("hypercall")).otherwise(pl.lit("subcall")),
         caller=_caller(pl.col("high")),
-        rank=2 * pl.col("index"),
+        rank=2 * pl.col("line").cast(pl.Int64),
     )
     ends = calls.filter(alone).select(
         "line", "offset", "place", "vcpu", "tsc", "time_ns", "op", "result",
-        kind=pl.lit("return"), caller=_caller(pl.col("high")), rank=2 * pl.col("index") + 1,
+        kind=pl.lit("return"), caller=_caller(pl.col("high")), rank=2 * pl.col("line").cast(pl.Int64) + 1,
     )  # fmt: skip
     return pl.concat([own, ends], how="diagonal")

@@ -184,10 +184,10 @@ class TextRecording:
 
 
 def _group(rows: pl.DataFrame, columns: tuple[str, ...]) -> pl.Series:
-    """Number the clock of each row from the values of some columns (32 bits each; null is a clock of its own)."""
+    """Number the clock of each row from the values of one or two columns (32 bits each; null is a clock of its own)."""
     out = pl.lit(0, pl.UInt64)
     for name in columns:
-        out = out * (1 << 20) + pl.col(name).cast(pl.UInt64).fill_null((1 << 20) - 1)
+        out = out * (1 << 32) + pl.col(name).cast(pl.UInt64).fill_null((1 << 32) - 1)
     return rows.select(out.alias("group")).to_series()
 
 
