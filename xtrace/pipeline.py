@@ -778,9 +778,10 @@ class _Run:
         # Where several releases may be the source, one that breaks is enough to ask for a review.
         verdicts: dict[str, surface.Surface] = {}
         for source in _ways_of_surface(sources, op, caller):
-            for v in surface.judge(source, caller, op, number, total, list(targets), exposed.issuer):
+            still = [t for t in targets if t not in verdicts or verdicts[t].verdict == "safe"]
+            for v in surface.judge(source, caller, op, number, total, still, exposed.issuer) if still else ():
                 for t in v.targets:
-                    if t not in verdicts or (verdicts[t].verdict == "safe" and v.verdict != "safe"):
+                    if t not in verdicts or v.verdict != "safe":
                         verdicts[t] = v
         grouped: dict[int, tuple[surface.Surface, list[str]]] = {}
         for t, v in verdicts.items():

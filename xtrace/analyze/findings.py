@@ -171,11 +171,22 @@ def _agree(sides: list[judging.Side], targets: list[str], role: str | None, cont
     blind = np.isin(sides[-1].decoded.status, surface.OPEN)
     if blind.any():
         # Unrecorded registers: judge the set of states that the source could have left (DESIGN §5).
-        of_sources = {surface.of_the_set(s.release, s.caller, s.number, targets[0]) for s in sides}
-        name, text = next(iter(of_sources)) if len(of_sources) == 1 else ("undecidable", None)
+        name, text = _of_the_sets(sides, targets[0])
         outcome[blind] = outcomes.CODE[name]
         errno[blind] = outcomes.ERRNOS.code(text)
     return _Result(targets, last, outcome, errno, harmless)
+
+
+def _of_the_sets(sides: list[judging.Side], target: str) -> tuple[str, str | None]:
+    """Judge by the sets of states of all possible sources; the first that disagrees settles it."""
+    said: tuple[str, str | None] | None = None
+    for side in reversed(sides):
+        got = surface.of_the_set(side.release, side.caller, side.number, target)
+        if got[0] == "undecidable" or (said is not None and got != said):
+            return "undecidable", None
+        said = got
+    assert said is not None
+    return said
 
 
 def _judge_at(side: judging.Side, target: str, role: str | None, context: Context) -> judging.Judged:

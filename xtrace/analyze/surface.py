@@ -202,9 +202,9 @@ def of_the_set(source: str, caller: str, op: int, target: str) -> tuple[str, str
             for fate in fates(source, caller, op, b, target, "unknown"):
                 clean = fate.outcome == "resumes" or fate.harmless
                 seen.add(("resumes", None) if clean else (fate.outcome, fate.errno))
-    if not seen:
-        return "resumes", None
-    return next(iter(seen)) if len(seen) == 1 else ("undecidable", None)
+        if len(seen) > 1:
+            return "undecidable", None
+    return next(iter(seen), ("resumes", None))
 
 
 #: Statuses of a decoded state for which the set of possible states is judged instead.

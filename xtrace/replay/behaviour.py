@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -165,7 +166,7 @@ class Behaviour:
         return (self.codec, tuple(p.get(n) for n in names), moves, self.order, self.order_when)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Hypercall:
     """Everything known of one hypercall in one release for one caller."""
 
@@ -185,7 +186,7 @@ class Hypercall:
     why: str
     reaches: str | None = None  # absent: the hypercall whose handler this number ends up in
 
-    @property
+    @cached_property
     def fingerprint(self) -> tuple[Any, ...]:
         """Equal for releases that treat every continuation of this hypercall alike."""
         d = self.dispatch

@@ -183,7 +183,10 @@ class Hypervisor:
             # A number beyond 2^62 cannot name an operation; keep it out of the signed column.
             op[word.known] = np.minimum(value[word.known], np.uint64(1 << 62)).astype(np.int64)
             groups = []
+            asked = set(np.unique(value[word.known]).tolist())
             for b in call.by_number.values():
+                if b.number not in asked:
+                    continue
                 rows = np.flatnonzero(word.known & (value == np.uint64(b.number)))
                 if b.command_bits == "unmatched":
                     # The whole word is compared: a number with bits above it names nothing.
