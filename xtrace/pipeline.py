@@ -810,6 +810,8 @@ class _Run:
             out.append({"what": "sub-operation", "hypercall": name, "calls": n,
                         "why": "the recorder does not write the arguments of this hypercall"})  # fmt: skip
         for item in self.inputs:
+            if item.format in registry.names() and (partial := registry.reader(item.format).shows.partial):
+                out.append({"what": "hypercall", "hypercall": None, "calls": None, "why": f"{item.path}: {partial}"})
             if item.ledger.unattributed:
                 out.append({"what": "domain", "hypercall": None, "calls": item.ledger.unattributed,
                             "why": f"{item.path}: no scheduling record says which vCPU ran"})  # fmt: skip

@@ -37,19 +37,22 @@ def evidence(
         has none), over every modelled release.
     """
     names = facts.hypercall_names()
+    releases = sorted(facts.modelled_releases(caller))
+    goes_on = {r: _redirected_to(r, caller) for r in releases}
     out: dict[str, dict[str, list[str]]] = {}
     for number in sorted(facts.files()):
         name = names.get(number, str(number))
         recorded = {f"arg{n}" for n in registers.get(name, registers.get("*", ()))}
         best: dict[str, int] = {}
-        for release in sorted(facts.modelled_releases(caller)):
+        for release in releases:
             known = facts.lookup(release, caller, number)
             if known.status != "modelled":
                 continue
             for b in known.by_number.values():
                 if b.codec == "none" or b.never_left:
                     continue
-                found = _shown(b, recorded, fields=fields, samples=samples)
+                onward = goes_on[release] & {(number, None), (number, b.number)}
+                found = _shown(b, recorded, fields=fields, samples=samples, onward=bool(onward))
                 # A sub-operation that releases treat in different ways counts as what the poorest of them shows.
                 best[b.operation] = max(best.get(b.operation, 0), found)
         for operation, found in best.items():
@@ -57,8 +60,18 @@ def evidence(
     return out
 
 
-def _shown(b: Behaviour, recorded: set[str], *, fields: bool, samples: bool) -> int:
-    """Return the index in `_ORDER` of what a continuation of one operation shows."""
+def _redirected_to(release: str, caller: str) -> set[tuple[int, int | None]]:
+    """Return the (hypercall, sub-operation) numbers that only Xen issues, to go on with another operation."""
+    return {
+        (int(b.params.get("to_hypercall", number)), b.params.get("to_operation"))
+        for number in facts.files()
+        for b in facts.lookup(release, caller, number).by_number.values()
+        if b.codec == "redirect"
+    }
+
+
+def _shown(b: Behaviour, recorded: set[str], *, fields: bool, samples: bool, onward: bool) -> int:
+    """Return the index in `_ORDER` of what a continuation of one operation shows; ``onward``: its number is Xen's own."""
 
     def seen(place: str | None) -> bool:
         return place is not None and (place in recorded or (fields and place.startswith("mem.")))
@@ -74,7 +87,7 @@ def _shown(b: Behaviour, recorded: set[str], *, fields: bool, samples: bool) -> 
         proved = seen(location(p["index"]))
     else:
         proved = False
-    if proved:
+    if proved or (onward and (b.command_at is None or seen(b.command_at))):
         return 0
     if b.codec == "advanced" and any(p.get(k) is not None and seen(f"arg{p[k]}") for k in ("count", "pointer")):
         return 1

@@ -81,12 +81,14 @@ def _evidence(shows: Shows) -> dict[str, dict[str, list[str]]]:
 
 
 def _table(readers: list[Reader], out: TextIO) -> None:
+    from xtrace.cli.common import wrap
+
     wide = max(len(r.name) for r in readers)
     out.write(f"{'name':<{wide}}  {'  '.join(_COLUMNS)}  what it is\n")
     for r in readers:
         marks = "  ".join(f"{_mark(getattr(r.shows, f)):<{len(h)}}" for h, f in _COLUMNS.items())
         left = f"{r.name:<{wide}}  {marks}  "
-        out.write(left + _fit(r.title, _WIDTH - len(left)) + "\n")
+        out.write(wrap(r.title, left, " " * len(left), _WIDTH) + "\n")
     out.write("\n+ recorded   ~ in part or for some   - never   ('xtrace formats NAME' for more)\n")
 
 
@@ -94,10 +96,6 @@ def _mark(text: str) -> str:
     if not text:
         return "-"
     return "+" if text.startswith(("yes", "all", "every")) else "~"
-
-
-def _fit(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _one(reader: Reader, out: TextIO) -> None:
@@ -120,7 +118,7 @@ def _one(reader: Reader, out: TextIO) -> None:
         if text := getattr(shows, field):
             out.write(wrap(text, f"  {field:<14}", " " * 16) + "\n")
     out.write(f"  follow        {'yes' if getattr(reader, 'streams', False) else 'no: it needs the whole input'}\n")
-    out.write("\nContinuations of a 64-bit PV guest, hypercall by hypercall (from the facts):\n")
+    out.write("\nContinuations of a 64-bit PV guest, hypercall by hypercall, of what is recorded at\nbest (from the facts):\n")
     found = _evidence(shows)
     for kind in ("proved", "inferred", "unobservable"):
         words = []

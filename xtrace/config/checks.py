@@ -103,7 +103,7 @@ def hint(word: str, words: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(choices)}"
 
 
-def text(where: str, at: str, value: object, such: str = "a release") -> str | None:
+def text(where: str, at: str, value: object, such: str = "4.17.7") -> str | None:
     """Return text that is not blank; None stays None.
 
     Raises:

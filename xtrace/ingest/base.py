@@ -115,6 +115,7 @@ class Shows:
         proved: how a continuation shows itself by the record's own content.
         inferred: what the sequence of records can show.
         unobservable: what no file of this format can show.
+        partial: which hypercalls even a complete recording holds, where that is not all of them; a sentence.
         registers: hypercall -> numbers of the argument registers that are recorded; ``*`` stands for all others. From it
             and the fact files follows, for each hypercall, what its continuations show themselves by.
         samples: registers of stopped vCPUs: what stands in them is whatever Xen left there.
@@ -132,6 +133,7 @@ class Shows:
     proved: str = ""
     inferred: str = ""
     unobservable: str = ""
+    partial: str = ""
     registers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     samples: bool = False
     fields: bool = False

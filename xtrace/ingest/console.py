@@ -153,6 +153,7 @@ class _Reader:
         proved="64-bit PV: rcx is rip + 2, and progress in the registers",
         inferred="rip where a hypercall page has the instruction",
         unobservable="calls that printed nothing; HVM vCPUs outside a hypercall page",
+        partial="only the calls of stopped vCPUs, and those that printed something, are recorded",
         registers={"*": (0, 1, 2, 3, 4, 5)},
         samples=True,
     )

@@ -315,6 +315,9 @@ class _Reader:
         proved="as the trace that it was made from",
         inferred="as the trace that it was made from",
         unobservable="what that trace did not record; CSV and NDJSON: the release, its record layouts, what was lost before",
+        registers={"*": (0, 1, 2, 3, 4, 5)},
+        samples=True,
+        fields=True,
     )
 
     def sniff(self, head: bytes) -> int:

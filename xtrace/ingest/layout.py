@@ -83,6 +83,18 @@ def _series(text: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+#: Argument registers that a record of a PV hypercall holds, 32 bits of each, since 4.3.0
+#: (RELEASE-4.17.0:xen/common/trace.c, __trace_hypercall, 86b35acb00).
+REGISTERS: Final = {
+    "mmu_update": (1,),
+    "multicall": (1,),
+    "grant_table_op": (0, 2),
+    "vcpu_op": (0, 1),
+    "mmuext_op": (1,),
+    "sched_op": (0,),
+}
+
+
 def _subclasses() -> list[int]:
     """List the class and subclass pairs (bits 27..12) that Xen's own headers use."""
     pairs = [0x001F, 0x002F, 0x0021, 0x0022, 0x0028, 0x0041, 0x0081, 0x0082, 0x0084, 0x010F, 0x020F, 0x0201, 0x0202]

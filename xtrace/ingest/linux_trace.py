@@ -233,6 +233,9 @@ class LinuxTraceReader:
         proved="by registers of a sample that show it themselves, or that stand on the instruction of a call in progress",
         inferred="by a sample where the hypercall instruction's address is not known",
         unobservable="a preempted call in the tracepoints alone; hypercalls that are not multicalls",
+        partial="only multicalls, and calls that a sample stopped in, are recorded",
+        registers={"*": (0, 1, 2, 3, 4, 5)},
+        samples=True,
     )
     streams = True
 

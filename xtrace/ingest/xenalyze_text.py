@@ -42,6 +42,7 @@ import numpy as np
 import polars as pl
 
 from xtrace.ingest.base import ReadOptions, Shows
+from xtrace.ingest.layout import REGISTERS
 from xtrace.ingest.text import Found
 from xtrace.ingest.text_ahead import AheadRecording
 from xtrace.ingest.xenalyze_lines import REASONS, SHAPE, layout, parse
@@ -230,6 +231,7 @@ class XenalyzeReader:
         proved="mmu_update and mmuext_op by the flag in the count; paging_domctl_cont by its number",
         inferred="multicall and grant_table_op by counts that go down",
         unobservable="progress of memory_op, hvm_op, domctl and all others; any continuation before Xen 4.3",
+        registers=REGISTERS,
     )
 
     def sniff(self, head: bytes) -> int:

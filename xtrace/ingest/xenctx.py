@@ -167,6 +167,7 @@ class _Reader:
         proved="on a hypercall instruction, and progress in the registers",
         inferred="on a hypercall instruction",
         unobservable="time; guest memory; calls that are not in flight",
+        partial="only the calls that the vCPUs are in are recorded",
         registers={"*": (0, 1, 2, 3, 4, 5)},
         samples=True,
     )

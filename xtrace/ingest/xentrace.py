@@ -24,7 +24,7 @@ import polars as pl
 from xtrace.ingest import gaps
 from xtrace.ingest.attribute import Batch, Pcpus
 from xtrace.ingest.base import Ledger, Observed, Shows
-from xtrace.ingest.layout import BAD, load
+from xtrace.ingest.layout import BAD, REGISTERS, load
 from xtrace.ingest.merge import Merge
 from xtrace.ingest.records import Rows, Tally, extract, frame, tally
 from xtrace.ingest.walk import BLOCK, PAD, walk
@@ -84,6 +84,7 @@ class XentraceReader:
         proved="4.3 on: bit 31 of an mmu_update or mmuext_op count, hypercall 49",
         inferred="the same call again on the same vCPU, smaller counts",
         unobservable="memory_op's registers, guest memory, results",
+        registers=REGISTERS,
     )
 
     def sniff(self, head: bytes) -> int:

@@ -60,6 +60,7 @@ class FixedReader:
         time="TSC",
         inferred="the same call again on the same vCPU",
         unobservable="every call of PV guests, every call in 3.0, registers, memory, results",
+        partial="no call of a PV guest is recorded",
     )
 
     def sniff(self, head: bytes) -> int:

@@ -79,6 +79,8 @@ def sentence(result: Result) -> str:
         what += f" in {took:.1f} s"
     hidden = sum(1 for b in result.blind if b["what"] == "sub-operation")
     tail = f"; the sub-operations of {hidden} hypercall{'s' if hidden != 1 else ''} could not be seen" if hidden else ""
+    partial = any(b["what"] == "hypercall" for b in result.blind)
+    tail += "; not every hypercall was recorded" if partial else ""
     accepted = suppressed(result)
     tail += f"; suppressed: {accepted}" if accepted else ""
     if not any(i.entries for i in result.inputs):
@@ -97,7 +99,7 @@ def sentence(result: Result) -> str:
     if lost:
         tail += f"; the trace is incomplete: {', '.join(dict.fromkeys(lost))}"
     words = {"breaks": "breaks at", "review": "to be reviewed for", "safe": "safe to"}
-    if set(by) == {"safe"} and (lost or doubts):
+    if set(by) == {"safe"} and (lost or doubts or partial):
         return f"From {source}: nothing seen that would break at {release.fold_text(by['safe'])}, for {what}{tail}."
     if set(by) == {"safe"}:
         return f"Safe from {source} to {release.fold_text(by['safe'])} for {what}{tail}."
