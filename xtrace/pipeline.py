@@ -454,6 +454,7 @@ class _Run:
         self.roles: dict[int | None, str | None] = {None: None, 0: "control"}
         self.calls = self.proved = self.inferred = 0
         self.found: Callable[[pl.DataFrame], None] | None = None  # told of findings as they appear
+        self.known: dict[int | None, tuple[str | None, str | None]] = {}  # caller, role of domains before an input is read
         self.judged_as: dict[int, str | None] = {}  # role of each domain whose findings were told
         self.revised = ""  # why what was told as it appeared is not what the whole says
         self.weigh: Callable[[pl.DataFrame], pl.DataFrame] | None = None
@@ -594,13 +595,13 @@ class _Run:
         for key, caller_ in self.options.callers.items():
             if key is not None:
                 known[key] = (caller_, known.get(key, (None, None))[1])
-        item.domains = known
+        item.domains, self.known = known, dict(known)
         self.roles.update({key: role for key, (_, role) in known.items()})
 
     def _heard(self, item: Input, observed: Observed) -> None:
         """Take the roles that the input itself told while it was read, where nothing better is known."""
         for domid, d in observed.domains.items():
-            caller, role = item.domains.get(domid, (None, None))
+            caller, role = self.known.get(domid, (None, None))  # not what it told before: it may tell something else now
             item.domains[domid] = (caller or d.caller, role or d.role)
             self.roles[domid] = role or d.role
 

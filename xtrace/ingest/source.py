@@ -124,7 +124,7 @@ class Source:
                 said = (str(exc).splitlines() or [type(exc).__name__])[0]
                 self.damage = f"the {kind} stream is damaged or cut ({said})"
 
-    def wait(self, beyond: int, patience: float | None = None) -> bool | None:  # noqa: ARG002 (of sources that grow)
+    def wait(self, beyond: int, patience: float | None = None) -> bool | None:
         """Say whether there are more than ``beyond`` bytes: True, or False where there will not be.
 
         Args:

@@ -30,19 +30,9 @@ if TYPE_CHECKING:
     from xtrace.ingest.base import Ledger
 
 __all__ = (
-    "AFTER_LOSS",
-    "HEADER_BYTES",
-    "MAGIC",
-    "PCPU_LIMIT",
-    "Cursor",
-    "Order",
-    "Scan",
-    "WindowIndex",
-    "plausible",
-    "read_at",
-    "read_words",
-    "scan",
-)
+    "AFTER_LOSS", "HEADER_BYTES", "MAGIC", "PCPU_LIMIT", "Cursor", "Order", "Scan", "WindowIndex", "plausible", "read_at",
+    "read_words", "scan",
+)  # fmt: skip
 
 #: Byte order of a file's words.
 Order = Literal["little", "big"]
