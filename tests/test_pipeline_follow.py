@@ -136,7 +136,7 @@ CONSOLE = b"(XEN) Xen version 4.17.0 (x@y) (gcc) debug=n\n" + wide_dump(REGISTER
         (LOG, None, b"xtrace: call tsc=3 pcpu=0 dom=1 vcpu=0 op=12 a0=0x91 a1=0x1000\n"),
         (b"] " + XENALYZE, "4.22.0", b"]  0.037283070 x d0v0 hypercall  1 (mmu_update) 2227 updates (preempted)\n"),
         (FTRACE, "4.17.0", FTRACE.splitlines(keepends=True)[-1].replace(b"di=0xfa06", b"di=0x2c5c6")),
-        (CONSOLE, "4.17.0", b"(XEN) [VT-D] a line\n" * 100 + wide_dump(REGISTERS, context="pv guest (d2v1)").encode()),
+        (CONSOLE, None, b"(XEN) [VT-D] a line\n" * 100 + wide_dump(REGISTERS, context="pv guest (d2v1)").encode()),
     ],
     ids=["xtrace-log", "xenalyze", "ftrace", "console"],
 )

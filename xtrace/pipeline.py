@@ -474,6 +474,7 @@ class _Run:
         reader = _recognised(source, options.input_format)
         if not getattr(reader, "streams", False):
             raise UsageError(f"--follow: {source.path} is read as {reader.name}, which needs the whole input")
+        options = replace(options, input_format=reader.name)  # more of it might look like something else
         recording = _recording(source, options)
         item = Input(str(source.path), recording.format, recording.ledger, recording.observed, tsc_khz=options.tsc_khz)
         told = self._release(item, sidecar)

@@ -132,6 +132,18 @@ def test_a_pipe_is_judged_as_it_comes(start: Callable[..., Running]) -> None:
     assert status == EXIT_BREAK
 
 
+def test_what_a_recorder_writes_last_is_read(start: Callable[..., Running]) -> None:
+    """Ctrl-C reaches both ends of a pipe, and the recorder writes what it still has."""
+    run = start("-", *TO, "--format", "jsonl", pipe=True)
+    run.write((HEAD + FIRST + AGAIN).encode())
+    run.line()
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    run.write(FIRST.replace("tsc=1", "tsc=3").encode(), last=True)
+    _, text, _ = run.end()
+    assert json.loads(text.splitlines()[1])["hypercalls"] == 3
+
+
 def test_a_named_pipe(tmp_path: Path, start: Callable[..., Running]) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)

@@ -4,7 +4,9 @@ A `GrowingSource` looks to a reader like a `Source` whose reads wait for more. I
 ends, or when nothing came for a given time. Only readers that go through their input once, from front to back, can follow
 (``Reader.streams``). A reader asks ``source.is_live``, never for this class: what it can do early it then does at once.
 
-What was there when it is told to stop is still read, and no more: an input may grow faster than it is read.
+What was there when it is told to stop is still read, and no more: an input may grow faster than it is read. Only a pipe is
+given a second to end: Ctrl-C reaches ``xentrace`` at its other end too, which then writes what its buffers still hold
+(RELEASE-4.17.0:tools/xentrace/xentrace.c:monitor_tbufs, last_read).
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ _CHUNK: Final = 1 << 16
 POLL: Final = 0.1
 #: After so many seconds without growth a reader of text may take what it holds back for complete.
 PATIENCE: Final = 1.0
+#: Seconds that a pipe has to end after it was told to stop.
+GRACE: Final = 1.0
 
 
 class GrowingSource(Source):
@@ -57,7 +61,8 @@ class GrowingSource(Source):
         self._ended = threading.Event()  # a pipe has ended
         self._limit: int | None = None  # bytes there were when it was told to stop
         self._grown = (time.monotonic(), -1)  # when it was last seen to have grown, and to what
-        pipe = self.path == "-" or not Path(self.path).is_file()
+        self._stopping: float | None = None  # when a pipe was told to stop
+        self._pipe = pipe = self.path == "-" or not Path(self.path).is_file()
         if pipe and self.path != "-":
             raw = self._opened()  # says what is wrong with it
             self._backing = self._spool(raw)
@@ -115,9 +120,12 @@ class GrowingSource(Source):
         begun = time.monotonic()
         while True:
             ended = self._ended.is_set()  # asked before the size: what came last is still read
+            now = time.monotonic()
             if self._limit is None and self._stopped():
-                self._limit = self.size
-            now, size = time.monotonic(), self.size
+                self._stopping = self._stopping or now
+                if not self._pipe or ended or now - self._stopping >= GRACE:
+                    self._limit = self.size
+            size = self.size
             if size != self._grown[1]:
                 self._grown = (now, size)
             if size > beyond:

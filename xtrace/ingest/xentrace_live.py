@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = ("GrowingXentrace",)
 
-#: Seconds without growth after which all that has come is told: ten rounds of ``xentrace``.
-PATIENCE: Final = 1.0
+#: Seconds without growth after which all that has come is told: twenty rounds of ``xentrace``.
+PATIENCE: Final = 2.0
 #: Bytes whose windows are looked for at once.
 _STEP: Final = 1 << 24
 #: So many events may wait.
@@ -68,7 +68,7 @@ class _Arrived(WindowIndex):
         return np.flatnonzero(self._seen)
 
 
-class _Growing(Scan):
+class _Complete(Scan):
     """Finds complete windows; where one is not, it waits there."""
 
     def __init__(self, fd: int, ledger: Ledger, order: Order) -> None:
@@ -168,7 +168,7 @@ class GrowingXentrace(XentraceRecording):
 
     def _released(self) -> Iterator[Rows]:
         """Yield rows in the order in which they are told."""
-        source, scan, step = self._source, _Growing(self._fd, self.ledger, self._order), self._step
+        source, scan, step = self._source, _Complete(self._fd, self.ledger, self._order), self._step
         self._index = scan.index
         size = 0
         while True:
