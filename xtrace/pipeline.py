@@ -18,7 +18,7 @@ from xtrace.analyze.store import FrameStore
 from xtrace.errors import InputError, InputErrors, UsageError
 from xtrace.ingest import registry
 from xtrace.ingest.base import Ledger, Observed, ReadOptions, Recording
-from xtrace.ingest.source import Source
+from xtrace.ingest.source import HEAD_BYTES, Source
 from xtrace.replay import facts, identify
 from xtrace.replay.account import Account
 from xtrace.replay.callers import CallerFill
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import os
 
     from xtrace.config.suppressions import Suppression
+    from xtrace.ingest.base import Reader
+    from xtrace.ingest.follow import GrowingSource
 
 __all__ = (
     "Input",
@@ -179,6 +181,7 @@ class Result:
     migration: frozenset[str] = frozenset()
     advice: list[advice_mod.Advice] = field(default_factory=list)
     path: fleet.Path | None = None
+    revised: bool = False  # of a followed trace: what was told as it appeared is not what the whole says
 
     @property
     def findings(self) -> pl.DataFrame:
@@ -257,6 +260,17 @@ def _judged(
         tally.merge(mine)
         parts.append(found)
     return pl.concat(parts) if parts else pl.DataFrame(schema=FINDINGS)
+
+
+def _recognised(source: GrowingSource, name: str | None) -> Reader:
+    """Recognise the format of an input that grows, by the first bytes; where they do not tell yet, by some more."""
+    while True:
+        size = source.size
+        try:
+            return registry.detect(source, name)
+        except InputError:
+            if size >= HEAD_BYTES or not source.wait(size, patience=2.0):
+                raise
 
 
 def _together(sources: Sequence[Source], options: Options) -> Recording:
@@ -406,10 +420,22 @@ def follow(
     options = options or Options()
     if options.path:
         raise UsageError("--follow goes with --to, not with --path")
+    from xtrace.ingest.follow import GrowingSource
+
     run = _begun(options)
     run.found = found
-    run.follow(path, idle, stopped)
-    return run.result()
+    with GrowingSource(path, idle=idle, stopped=stopped) as source:
+        run.follow(source)
+        if not run.revised:
+            return run.result()
+        # What was told is not all that can be said now: the report is that of the whole.
+        whole = _begun(options)
+        with source.snapshot() as now:
+            whole.read([path], [now])
+            whole.notes[f"{run.revised}: all of it was read again for this report, which replaces what was told before"] = None
+            result = whole.result()
+            result.revised = True
+            return result
 
 
 class _Run:
@@ -428,6 +454,9 @@ class _Run:
         self.roles: dict[int | None, str | None] = {None: None, 0: "control"}
         self.calls = self.proved = self.inferred = 0
         self.found: Callable[[pl.DataFrame], None] | None = None  # told of findings as they appear
+        self.known: dict[int | None, tuple[str | None, str | None]] = {}  # caller, role of domains before an input is read
+        self.judged_as: dict[int, str | None] = {}  # role of each domain whose findings were told
+        self.revised = ""  # why what was told as it appeared is not what the whole says
         self.weigh: Callable[[pl.DataFrame], pl.DataFrame] | None = None
         self.tables: list[pl.DataFrame] = []
         self.suppressor = suppress.Suppressor(options.suppressions, options.today)
@@ -438,42 +467,56 @@ class _Run:
         self.caught: list[tuple[int, FrameStore]] = []  # continuations, each with the number of its input
         self.breaking: pl.DataFrame | None = None  # operations that break, and where
 
-    def follow(self, path: str | os.PathLike[str], idle: float | None, stopped: Callable[[], bool] | None) -> None:
+    def follow(self, source: GrowingSource) -> None:
         """Read one input that still grows, from what is there to its end."""
-        from xtrace.ingest.follow import GrowingSource
-
-        sidecar = config.load_sidecar(path)
+        sidecar = config.load_sidecar(source.path)
         options = replace(self.options, tsc_khz=self._khz(sidecar))
-        with GrowingSource(path, idle=idle, stopped=stopped) as source:
-            reader = registry.detect(source, options.input_format)
-            if not getattr(reader, "streams", False):
-                raise UsageError(f"--follow: {source.path} is read as {reader.name}, which needs the whole input")
-            recording = _recording(source, options)
-            item = Input(str(path), recording.format, recording.ledger, recording.observed, tsc_khz=options.tsc_khz)
-            if not self._release(item, sidecar):
-                # What is there by now must do: it cannot wait for the end.
-                with source.snapshot() as now:
-                    seen, past = identify.Identifier(_told_callers(self.options, sidecar)), _recording(now, options)
-                    for batch in past.batches():
-                        seen.feed(batch)
-                    item.observed = past.observed
-                    self._release_from(item, seen)
-                item.observed = recording.observed
-            self.sources = item.sources
-            self._domains(item, sidecar)
-            self._aim(targets_mod.choose(item.sources, self.options.targets))
-            self.inputs.append(item)
-            self._stream(0, item, [item], source.size, recording, self._checks(item, sidecar))
-            self._of_ledgers(0, [item])
-            item.tsc_khz = item.tsc_khz or recording.observed.tsc_khz
+        reader = _recognised(source, options.input_format)
+        if not getattr(reader, "streams", False):
+            raise UsageError(f"--follow: {source.path} is read as {reader.name}, which needs the whole input")
+        options = replace(options, input_format=reader.name)  # more of it might look like something else
+        recording = _recording(source, options)
+        item = Input(str(source.path), recording.format, recording.ledger, recording.observed, tsc_khz=options.tsc_khz)
+        told = self._release(item, sidecar)
+        if not told:
+            # What is there by now must do: it cannot wait for the end.
+            with source.snapshot() as now:
+                seen, past = identify.Identifier(_told_callers(self.options, sidecar)), _recording(now, options)
+                for batch in past.batches():
+                    seen.feed(batch)
+                item.observed = past.observed
+                self._release_from(item, seen)
+            item.observed = recording.observed
+        self.sources = item.sources
+        self._domains(item, sidecar)
+        self._aim(targets_mod.choose(item.sources, self.options.targets))
+        self.inputs.append(item)
+        checks = self._checks(item, sidecar)
+        # Which releases are left is asked again at the end, of all that came.
+        seen = identify.Identifier(_told_callers(self.options, sidecar))
+        self._stream(0, item, [item], source.size, recording, checks, None if told else seen)
+        self._of_ledgers(0, [item])
+        item.tsc_khz = item.tsc_khz or recording.observed.tsc_khz
+        if getattr(recording, "provisional", False):
+            self.revised = "some of it came late or damaged"
+        elif not told and item.sources != self._left(item, seen):
+            self.revised = "what came later says more of the release that wrote it"
+        elif any(self.roles.get(domid) != role for domid, role in self.judged_as.items()):
+            self.revised = "what came later says what a domain is"
 
-    def read(self, paths: Sequence[str | os.PathLike[str]]) -> None:
-        """Read one recording, of one or more inputs, through to findings."""
+    def _left(self, item: Input, seen: identify.Identifier) -> tuple[str, ...]:
+        """Return the releases that all of a trace leaves possible."""
+        if item.observed.release:
+            return tuple(r.version for r in release.parse(item.observed.release).releases)
+        return _possible(item, seen)
+
+    def read(self, paths: Sequence[str | os.PathLike[str]], opened: Sequence[Source] = ()) -> None:
+        """Read one recording, of one or more inputs (``opened`` already or not), through to findings."""
         sidecar = next((s for s in map(config.load_sidecar, paths) if s is not None), None)
         khz = self._khz(sidecar)
         options = replace(self.options, tsc_khz=khz)
         with ExitStack() as stack:
-            sources = [stack.enter_context(Source(path)) for path in paths]
+            sources = [*opened] or [stack.enter_context(Source(path)) for path in paths]
             recording = _together(sources, options)
             item = Input(_names(paths), recording.format, recording.ledger, recording.observed, tsc_khz=khz)
             if not self._release(item, sidecar):
@@ -553,13 +596,13 @@ class _Run:
         for key, caller_ in self.options.callers.items():
             if key is not None:
                 known[key] = (caller_, known.get(key, (None, None))[1])
-        item.domains = known
+        item.domains, self.known = known, dict(known)
         self.roles.update({key: role for key, (_, role) in known.items()})
 
     def _heard(self, item: Input, observed: Observed) -> None:
         """Take the roles that the input itself told while it was read, where nothing better is known."""
         for domid, d in observed.domains.items():
-            caller, role = item.domains.get(domid, (None, None))
+            caller, role = self.known.get(domid, (None, None))  # not what it told before: it may tell something else now
             item.domains[domid] = (caller or d.caller, role or d.role)
             self.roles[domid] = role or d.role
 
@@ -586,7 +629,7 @@ class _Run:
 
     def _stream(
         self, index: int, item: Input, parts: Sequence[Input], size: int, recording: Recording,
-        checks: trace_rules.Checks | None = None,
+        checks: trace_rules.Checks | None = None, identifier: identify.Identifier | None = None,
     ) -> None:  # fmt: skip
         tally = self.tally
         assert tally is not None
@@ -618,6 +661,10 @@ class _Run:
                 self.seen = [surface.merge(self.seen)]
             if self.found is not None:
                 self._heard(item, recording.observed)
+                for domid in stitched.continuations["domid"].unique().drop_nulls().to_list():
+                    self.judged_as.setdefault(domid, self.roles.get(domid))
+                if identifier is not None:
+                    identifier.feed(batch)
                 self.store.add(new := _judged(stitched.continuations, index, context, tally, self._set_aside))
                 self.found(new)
             else:

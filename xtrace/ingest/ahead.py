@@ -19,12 +19,22 @@ B = TypeVar("B")
 R = TypeVar("R")
 
 
-def ahead(blocks: Iterable[B], work: Callable[[B], R]) -> Iterator[tuple[B, R]]:
+def ahead(blocks: Iterable[B], work: Callable[[B], R], *, live: bool = False) -> Iterator[tuple[B, R]]:
     """Yield each block and what ``work`` makes of it, in order.
 
     The blocks are taken by the caller's thread, ``work`` runs in others and must touch nothing that is shared (NumPy and
     Polars leave Python's lock to others while they work on arrays).
+
+    Args:
+        blocks: the input.
+        work: what to do with each.
+        live: each block is given at once and nothing is done in the background. For an input that still grows
+            (``source.is_live``): its next block may never come.
     """
+    if live:
+        for block in blocks:
+            yield block, work(block)
+        return
     with ThreadPoolExecutor(AHEAD) as pool:
         under_way: deque[tuple[B, Future[R]]] = deque()
         try:

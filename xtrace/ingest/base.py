@@ -140,7 +140,11 @@ class Shows:
 
 
 class Recording(Protocol):
-    """An opened input. Iterate ``batches`` once; ledger and observed fill while it runs."""
+    """An opened input. Iterate ``batches`` once; ledger and observed fill while it runs.
+
+    One whose input still grows (``source.is_live``) may have ``provisional`` (bool, false if left out): what it gave differs,
+    or may differ, from what a reading of the whole gives.
+    """
 
     format: str
     ledger: Ledger

@@ -2,7 +2,8 @@
 
 A record of a console is several lines (a register dump), or one that a mail program folded into two. `WindowedRecording`
 holds lines back until everything that may belong to a line has been read, so what comes out does not depend on where a
-block ends; at most `AHEAD` + `BEHIND` lines are held.
+block ends; at most `AHEAD` + `BEHIND` lines are held. Of a log that still grows they are decided when nothing comes for a
+while; if more comes after all, what was told is provisional.
 
 Damage undone, all of it seen on xen-devel: ``> `` quoting, lines folded behind a blank (the value stands alone on the next
 line), quoted-printable (``=3D``, ``=20``, ``=A0``, a soft break ``=`` at the end of a line, in the middle of a number too).
@@ -18,6 +19,7 @@ import polars as pl
 import pyarrow as pa
 
 from xtrace.ingest.base import Ledger
+from xtrace.ingest.source import is_live
 from xtrace.ingest.text import Found, TextRecording
 
 if TYPE_CHECKING:
@@ -104,7 +106,9 @@ class WindowedRecording(TextRecording):
         super().__post_init__()
         self._held: pl.DataFrame | None = None
         self._low = 0  # rows of _held that are decided
-        self._finished = False
+        self._early = False  # lines were decided before those behind them had come
+        #: What was given may differ from what a reading of the whole gives.
+        self.provisional = False
 
     def decide(self, view: View) -> Part:
         """Read the rows of a view that are due, in order."""
@@ -117,7 +121,12 @@ class WindowedRecording(TextRecording):
 
     def read(self, lines: pl.DataFrame) -> Found:
         """Take a block of lines; see `TextRecording`."""
-        part = self._advance(lines, last=False)
+        pause = is_live(self.source) and not len(lines)
+        if pause and self._held is not None and self._held["hit"][self._low :].any():
+            self._early = True
+        elif self._early and len(lines):
+            self.provisional = True
+        part = self._advance(lines, last=pause)
         return Found(part.rows, part.bad if len(part.bad) else None, part.records)
 
     def finish(self) -> pl.DataFrame | None:

@@ -2,7 +2,11 @@
 
 A `GrowingSource` looks to a reader like a `Source` whose reads wait for more. It ends when told to (`stop`), when a pipe
 ends, or when nothing came for a given time. Only readers that go through their input once, from front to back, can follow
-(``Reader.streams``).
+(``Reader.streams``). A reader asks ``source.is_live``, never for this class: what it can do early it then does at once.
+
+What was there when it is told to stop is still read, and no more: an input may grow faster than it is read. Only a pipe is
+given a second to end: Ctrl-C reaches ``xentrace`` at its other end too, which then writes what its buffers still hold
+(RELEASE-4.17.0:tools/xentrace/xentrace.c:monitor_tbufs, last_read).
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Final, cast
+from typing import IO, TYPE_CHECKING, ClassVar, Final, cast
 
 from xtrace.errors import InputError
 from xtrace.ingest.source import HEAD_BYTES, Source, compressed
@@ -26,7 +30,11 @@ __all__ = ("GrowingSource",)
 
 _CHUNK: Final = 1 << 16
 #: How often a file is looked at for growth, in seconds.
-POLL: Final = 0.2
+POLL: Final = 0.1
+#: After so many seconds without growth a reader of text may take what it holds back for complete.
+PATIENCE: Final = 1.0
+#: Seconds that a pipe has to end after it was told to stop.
+GRACE: Final = 1.0
 
 
 class GrowingSource(Source):
@@ -41,6 +49,8 @@ class GrowingSource(Source):
         InputError: missing, a directory, no permission (exit bit 1); compressed, or nothing came (exit bit 16).
     """
 
+    live: ClassVar[bool] = True
+
     def __init__(
         self, path: str | os.PathLike[str], *, idle: float | None = None, stopped: Callable[[], bool] | None = None
     ) -> None:
@@ -49,7 +59,10 @@ class GrowingSource(Source):
         self.damage = None
         self.idle, self._stopped = idle, stopped or (lambda: False)
         self._ended = threading.Event()  # a pipe has ended
-        pipe = self.path == "-" or not Path(self.path).is_file()
+        self._limit: int | None = None  # bytes there were when it was told to stop
+        self._grown = (time.monotonic(), -1)  # when it was last seen to have grown, and to what
+        self._stopping: float | None = None  # when a pipe was told to stop
+        self._pipe = pipe = self.path == "-" or not Path(self.path).is_file()
         if pipe and self.path != "-":
             raw = self._opened()  # says what is wrong with it
             self._backing = self._spool(raw)
@@ -94,33 +107,46 @@ class GrowingSource(Source):
     @property
     def size(self) -> int:  # type: ignore[override]
         """How many bytes there are by now."""
+        if self._limit is not None:
+            return self._limit
         return os.fstat(self._backing.fileno()).st_size
 
-    def wait(self, beyond: int) -> bool:
-        """Wait until there is more than ``beyond`` bytes; False when there will not be."""
-        since, size = time.monotonic(), self.size
+    def wait(self, beyond: int, patience: float | None = None) -> bool | None:
+        """Wait until there are more than ``beyond`` bytes.
+
+        Returns:
+            True, or False when there will not be; None after ``patience`` seconds without any growth.
+        """
+        begun = time.monotonic()
         while True:
             ended = self._ended.is_set()  # asked before the size: what came last is still read
-            now = self.size
-            if now > beyond:
+            now = time.monotonic()
+            if self._limit is None and self._stopped():
+                self._stopping = self._stopping or now
+                if not self._pipe or ended or now - self._stopping >= GRACE:
+                    self._limit = self.size
+            size = self.size
+            if size != self._grown[1]:
+                self._grown = (now, size)
+            if size > beyond:
                 return True
-            if ended or self._stopped():
+            quiet = now - self._grown[0]
+            if ended or self._limit is not None or (self.idle is not None and quiet >= self.idle):
                 return False
-            if now != size:
-                since, size = time.monotonic(), now
-            if self.idle is not None and time.monotonic() - since >= self.idle:
-                return False
+            if patience is not None and min(quiet, now - begun) >= patience:
+                return None
             time.sleep(POLL)
 
-    def read_at(self, at: int, n: int) -> bytes:
-        """Return up to ``n`` bytes from ``at``, waiting for the first of them; empty at the end."""
-        if not self.wait(at):
-            return b""
-        return os.pread(self._backing.fileno(), n, at)
+    def read_at(self, at: int, n: int, patience: float | None = None) -> bytes | None:
+        """Return up to ``n`` bytes from ``at``, waiting for the first of them; empty at the end; None as :meth:`wait` does."""
+        more = self.wait(at, patience)
+        if not more:
+            return None if more is None else b""
+        return os.pread(self._backing.fileno(), min(n, self.size - at), at)
 
     def head(self) -> bytes:
         """Return the first bytes there are."""
-        return self.read_at(0, HEAD_BYTES)
+        return self.read_at(0, HEAD_BYTES) or b""
 
     def snapshot(self) -> Source:
         """Return what is there by now as a source of its own, for a first look."""
@@ -160,6 +186,12 @@ class _Growing(io.RawIOBase):
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        data = self._source.read_at(self._at, _CHUNK if size is None or size < 0 else size)
+        data = self._source.read_at(self._at, _CHUNK if size is None or size < 0 else size) or b""
         self._at += len(data)
+        return data
+
+    def read_soon(self, size: int) -> bytes | None:
+        """Read as `read` does; None where nothing came for a while."""
+        data = self._source.read_at(self._at, size, PATIENCE)
+        self._at += len(data or b"")
         return data

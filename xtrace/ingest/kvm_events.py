@@ -31,9 +31,9 @@ import numpy as np
 import polars as pl
 
 from xtrace.ingest.base import Shows
-from xtrace.ingest.follow import GrowingSource
 from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks, magnitudes
 from xtrace.ingest.linux_lines import EVENT_LINE, losses, parse, times
+from xtrace.ingest.source import is_live
 from xtrace.ingest.text import Found, TextRecording
 from xtrace.schema import ARGS
 
@@ -82,7 +82,7 @@ class KvmEventsRecording(TextRecording):
     def blocks(self) -> Iterator[LineBlock]:
         """Yield blocks of lines, large ones: what a block costs beside its lines weighs less."""
         size = block_bytes(self.options)
-        return line_blocks(self.source.file, size * 4 if size == 1 << 22 and not isinstance(self.source, GrowingSource) else size)
+        return line_blocks(self.source.file, size * 4 if size == 1 << 22 and not is_live(self.source) else size)
 
     def read(self, lines: pl.DataFrame) -> Found:
         """Read whole lines."""

@@ -81,6 +81,9 @@ def raw_blocks(file: IO[bytes], size: int) -> Iterator[tuple[bytes, int, int, li
         file: a binary file, read from its start.
         size: bytes to read at once.
 
+    Of a file that still grows (one with ``read_soon``) what there is is read; where nothing comes for a while an empty block
+    is given, a pause in which a reader can tell what it holds back.
+
     Yields:
         The bytes of whole lines (the last one ends with a newline, if need be one that was added), the offset and the line
         number of the first, the long lines that were met as in `LineBlock`, and whether a newline was added. Lines of more
@@ -92,9 +95,13 @@ def raw_blocks(file: IO[bytes], size: int) -> Iterator[tuple[bytes, int, int, li
     number = 1  # line number of held
     dropping = False  # held began a line that is too long; base stays at its start
     dropped = 0
+    read = getattr(file, "read_soon", file.read)
     while True:
         file.seek(at)
-        data = file.read(size)
+        data = read(size)
+        if data is None:
+            yield b"", base, number, [], False
+            continue
         if not data:
             break
         at += len(data)
@@ -110,7 +117,8 @@ def raw_blocks(file: IO[bytes], size: int) -> Iterator[tuple[bytes, int, int, li
         data = held + data
         held = data[data.rfind(b"\n") + 1 :]
         whole = data[: len(data) - len(held)]
-        yield whole, base, number, long, False
+        if whole or long:
+            yield whole, base, number, long, False
         base, number = base + len(whole), number + int(np.count_nonzero(np.frombuffer(whole, dtype=np.uint8) == 0x0A))
         if len(held) > MAX_LINE:
             dropping, dropped, held = True, len(held), b""

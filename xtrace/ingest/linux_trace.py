@@ -30,11 +30,11 @@ import polars as pl
 
 from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Shows
-from xtrace.ingest.follow import GrowingSource
 from xtrace.ingest.lines import LineBlock, line_blocks, magnitudes
 from xtrace.ingest.linux_lines import EVENT_LINE, RARE_LINE, losses, parse, times
 from xtrace.ingest.linux_registers import LOOKS, samples
 from xtrace.ingest.linux_xen_events import EVENTS, KINDS, Batches, decode
+from xtrace.ingest.source import is_live
 from xtrace.ingest.text import Found, TextRecording, lines_of
 from xtrace.schema import ARGS
 
@@ -129,10 +129,7 @@ class LinuxTraceRecording(TextRecording):
     def blocks(self) -> Iterator[LineBlock]:
         """Yield blocks of lines; the next ones are split into fields meanwhile, unless the input still grows."""
         size = min(_BLOCK, max(64, self.options.batch_rows * 128))
-        if isinstance(self.source, GrowingSource):
-            yield from line_blocks(self.source.file, size)
-            return
-        for block, split in ahead(line_blocks(self.source.file, size), _split_block):
+        for block, split in ahead(line_blocks(self.source.file, size), _split_block, live=is_live(self.source)):
             self._split = split
             yield block
 

@@ -8,14 +8,14 @@ import stat
 import sys
 import tempfile
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Self, cast
+from typing import IO, TYPE_CHECKING, ClassVar, Self, cast
 
 from xtrace.errors import InputError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ("HEAD_BYTES", "Source", "compressed")
+__all__ = ("HEAD_BYTES", "Source", "compressed", "is_live")
 
 #: How much of a file the readers may look at to recognise it.
 HEAD_BYTES = 1 << 16
@@ -38,6 +38,11 @@ def compressed(head: bytes) -> str | None:
     return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), None)
 
 
+def is_live(source: object) -> bool:
+    """Say whether an input still grows: then a reader gives what it has, and holds nothing back to be faster."""
+    return bool(getattr(source, "live", False))
+
+
 class Source:
     """One input as a seekable binary file.
 
@@ -50,6 +55,9 @@ class Source:
     Raises:
         InputError: missing, a directory, no permission (exit bit 1); empty or a damaged container (exit bit 16).
     """
+
+    #: Its reads wait for more (`xtrace.ingest.follow`); ask :func:`is_live`.
+    live: ClassVar[bool] = False
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open ``path`` and make it seekable."""
@@ -115,6 +123,15 @@ class Source:
                     raise
                 said = (str(exc).splitlines() or [type(exc).__name__])[0]
                 self.damage = f"the {kind} stream is damaged or cut ({said})"
+
+    def wait(self, beyond: int, patience: float | None = None) -> bool | None:
+        """Say whether there are more than ``beyond`` bytes: True, or False where there will not be.
+
+        Args:
+            beyond: bytes that are known.
+            patience: seconds after which a source that grows says None, "not yet"; None: it waits.
+        """
+        return self.size > beyond
 
     def head(self) -> bytes:
         """Return the first bytes, for recognition."""

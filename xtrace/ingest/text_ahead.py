@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xtrace.ingest.ahead import ahead
-from xtrace.ingest.follow import GrowingSource
+from xtrace.ingest.source import is_live
 from xtrace.ingest.text import Found, TextRecording, lines_of
 
 if TYPE_CHECKING:
@@ -44,11 +44,7 @@ class AheadRecording(TextRecording):
 
     def blocks(self) -> Iterator[LineBlock]:
         """Yield the input's blocks of lines, in order, each with the next ones being worked on."""
-        blocks = super().blocks()
-        if isinstance(self.source, GrowingSource):
-            yield from blocks
-            return
-        for block, found in ahead(blocks, lambda block: self.prepare(lines_of(block))):
+        for block, found in ahead(super().blocks(), lambda block: self.prepare(lines_of(block)), live=is_live(self.source)):
             self._ready = (int(block.line[0]), len(block.text), found) if len(block.text) else None
             yield block
         self._ready = None

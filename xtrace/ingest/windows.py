@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
     from xtrace.ingest.base import Ledger
 
-__all__ = ("HEADER_BYTES", "MAGIC", "PCPU_LIMIT", "Cursor", "Order", "WindowIndex", "plausible", "read_at", "read_words", "scan")
+__all__ = (
+    "AFTER_LOSS", "HEADER_BYTES", "MAGIC", "PCPU_LIMIT", "Cursor", "Order", "Scan", "WindowIndex", "plausible", "read_at",
+    "read_words", "scan",
+)  # fmt: skip
 
 #: Byte order of a file's words.
 Order = Literal["little", "big"]
@@ -44,7 +47,7 @@ PCPU_LIMIT: Final = 16384
 _WINDOW = np.dtype([("offset", "<u8"), ("size", "<u4")])
 
 #: Bit of a window's size in the index (sizes are multiples of 4): records of its pCPU may be missing before it.
-_AFTER_LOSS: Final = 1
+AFTER_LOSS: Final = 1
 
 _HEADER: Final[dict[Order, struct.Struct]] = {"little": struct.Struct("<III"), "big": struct.Struct(">III")}
 _BLOCK = 1 << 18  # bytes read at once where windows are small
@@ -111,6 +114,7 @@ class WindowIndex:
     _todo_rows: int = 0
 
     RUN = 1 << 19  # windows sorted at a time
+    FIRST = 64
 
     # By pCPU: it has had a window; records of it may be missing before the next one.
     _seen: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(PCPU_LIMIT, dtype=np.bool_))
@@ -129,14 +133,14 @@ class WindowIndex:
         rows = rows[rows[:, 1] > 0]
         if not len(rows):
             return
-        if len(self.first) < 64:
-            self.first += [(int(o), int(s)) for o, s, _ in rows[: 64 - len(self.first)]]
+        if len(self.first) < self.FIRST:
+            self.first += [(int(o), int(s)) for o, s, _ in rows[: self.FIRST - len(self.first)]]
         pcpus = rows[:, 2].astype(np.intp)
         self._seen[pcpus] = True
         hit = np.flatnonzero(self._missing.take(pcpus))
         if len(hit):
             which, at = np.unique(pcpus[hit], return_index=True)
-            rows[hit[at], 1] |= np.uint64(_AFTER_LOSS)
+            rows[hit[at], 1] |= np.uint64(AFTER_LOSS)
             self._missing[which] = False
         self._todo.append(rows)
         self._todo_rows += len(rows)
@@ -167,7 +171,7 @@ class WindowIndex:
         """Read up to ``most`` windows of ``pcpu`` from entry ``after`` of stretch ``run`` on.
 
         Returns:
-            The windows (fields offset and size, with ``_AFTER_LOSS``; none at the end) and the (run, after) to go on with.
+            The windows (fields offset and size, with ``AFTER_LOSS``; none at the end) and the (run, after) to go on with.
         """
         while run < len(self._runs):
             here = self._runs[run]
@@ -203,7 +207,7 @@ class Cursor:
     def _fetch(self) -> None:
         rows, self._run, self._after = self._index.entries(self.pcpu, self._run, self._after, self._most)
         self._offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
-        self._sizes, self._marks = sizes // 4 * 4, (sizes & _AFTER_LOSS) != 0
+        self._sizes, self._marks = sizes // 4 * 4, (sizes & AFTER_LOSS) != 0
         self._i = self._used = 0
         self.done = not len(rows)
 
@@ -245,7 +249,7 @@ class Cursor:
         return rest
 
 
-class _Scan:
+class Scan:
     """The first pass."""
 
     def __init__(self, fd: int, size: int, ledger: Ledger, order: Order) -> None:
@@ -258,7 +262,14 @@ class _Scan:
         self.rows: list[tuple[int, int, int]] = []
 
     def run(self) -> WindowIndex:
-        at, dense = 0, False
+        """Find all windows of the file."""
+        self.advance(0)
+        self.index.close()
+        return self.index
+
+    def advance(self, at: int) -> int:
+        """Hand the windows from byte ``at`` on to the index; return where the last one ends."""
+        dense = False
         while at < self.size:
             head = self.head(at)
             if head is None:
@@ -268,8 +279,7 @@ class _Scan:
             else:
                 at, dense = self.one_by_one(at, head)
         self.flush()
-        self.index.close()
-        return self.index
+        return at
 
     def head(self, at: int) -> tuple[int, int] | None:
         """Return pCPU and size of the plausible window header at byte ``at``."""
@@ -405,4 +415,4 @@ class _Scan:
 
 def scan(fd: int, size: int, ledger: Ledger, order: Order = "little") -> WindowIndex:
     """Find all windows of the file ``fd`` of ``size`` bytes; damage and a cut end go to ``ledger``."""
-    return _Scan(fd, size, ledger, order).run()
+    return Scan(fd, size, ledger, order).run()

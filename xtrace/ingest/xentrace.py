@@ -27,6 +27,7 @@ from xtrace.ingest.base import Ledger, Observed, Shows
 from xtrace.ingest.layout import BAD, REGISTERS, load
 from xtrace.ingest.merge import Merge
 from xtrace.ingest.records import Rows, Tally, extract, frame, tally
+from xtrace.ingest.source import is_live
 from xtrace.ingest.walk import BLOCK, PAD, walk
 from xtrace.ingest.windows import HEADER_BYTES, MAGIC, Cursor, Order, WindowIndex, plausible, read_words, scan
 
@@ -43,16 +44,16 @@ __all__ = ("READER", "XentraceReader", "XentraceRecording")
 #: Bytes that a round reads.
 CHUNK: Final = 1 << 22
 
-_QUOTA_MIN: Final = 1 << 11  # bytes that a pCPU gets even where there are thousands
+QUOTA_MIN: Final = 1 << 11  # bytes that a pCPU gets even where there are thousands
 _HELD: Final = 16  # chunks' worth of events that may wait for a slow pCPU before reading ahead is cut down
 _ROW_BYTES: Final = 32  # what an event that waits counts for in the budget
 _GAP: Final = 1 << 12  # bytes of other pCPUs' windows that are read over rather than jumped over
-_LOOK: Final = 1 << 22  # bytes at the start that may be looked at to tell the era
+LOOK: Final = 1 << 22  # bytes at the start that may be looked at to tell the era
 
 _ORDERS: Final[tuple[Order, ...]] = ("little", "big")
 
 
-def _order(head: bytes) -> tuple[int, Order]:
+def byte_order(head: bytes) -> tuple[int, Order]:
     """Say how sure the first bytes of a file make it that they are ours, and in which byte order."""
     for order in _ORDERS:
         if len(head) >= HEADER_BYTES and plausible(head, 0, order):
@@ -74,6 +75,7 @@ class XentraceReader:
 
     name = "xentrace"
     title = "xentrace binary, Xen 3.2 to 4.22"
+    streams = True
     shows = Shows(
         op="every call",
         subop="4.3 on: grant_table_op, vcpu_op, sched_op",
@@ -89,10 +91,14 @@ class XentraceReader:
 
     def sniff(self, head: bytes) -> int:
         """Say how sure this is: 100 for a window header at byte 0, 20 for a damaged head with windows behind it."""
-        return _order(head)[0]
+        return byte_order(head)[0]
 
     def open(self, source: Source, options: ReadOptions) -> XentraceRecording:
         """Open ``source``; nothing is read yet."""
+        if is_live(source):
+            from xtrace.ingest.xentrace_live import GrowingXentrace
+
+            return GrowingXentrace(source, options)
         return XentraceRecording(source, options)
 
 
@@ -153,7 +159,7 @@ class XentraceRecording:
 
     def _find(self) -> WindowIndex:
         """Find all windows."""
-        self._order = _order(self._source.head())[1]
+        self._order = byte_order(self._source.head())[1]
         return scan(self._fd, self._size, self.ledger, self._order)
 
     def _sliced(self, batch: pl.DataFrame) -> Iterator[pl.DataFrame]:
@@ -172,7 +178,7 @@ class XentraceRecording:
             room[np.lexsort((live, state.tsc[live], state.segment[live]))[0]] = True
             wanted = live[room]
             left = max(_HELD * self._chunk - int(merge.behind.sum()) * _ROW_BYTES, 0)
-            quota = max(min(self._chunk, left) // len(wanted), min(_QUOTA_MIN, self._chunk)) // 4 * 4
+            quota = max(min(self._chunk, left) // len(wanted), min(QUOTA_MIN, self._chunk)) // 4 * 4
             merge.add(self._round([cursors[i] for i in wanted.tolist()], wanted, quota))
             live = np.array([i for i in live.tolist() if not cursors[i].done], dtype=np.int64)
             key = None
@@ -437,7 +443,7 @@ class XentraceRecording:
         """Say whether HVM records carry a dom/vcpu word (3.2, 3.3), from the scheduling ids at the start of the file."""
         if self._dom_era is None:
             ids: set[int] = set()
-            budget = _LOOK
+            budget = LOOK
             for offset, size in self._index.first:
                 n = min(size, budget) // 4 * 4
                 if not n:

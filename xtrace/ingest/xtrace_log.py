@@ -21,6 +21,7 @@ from xtrace.ingest.base import Ledger, Observed, ReadOptions, Shows
 from xtrace.ingest.clock import Clock, nanoseconds
 from xtrace.ingest.event_columns import Columns
 from xtrace.ingest.lines import MAX_LINE, block_bytes, raw_blocks, split
+from xtrace.ingest.source import is_live
 from xtrace.ingest.xtrace_log_fast import Plain, plain
 from xtrace.ingest.xtrace_log_general import judged, marked, taken_apart
 from xtrace.ingest.xtrace_log_grammar import CUT_IDS, KEY_ID, KINDS, LIMITS, Records, memory, merged
@@ -87,10 +88,9 @@ class _Log:
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS`` in the order of the file."""
         size = block_bytes(self._options)
-        blocks = raw_blocks(self._source.file, size)
         # Threads are not worth it for a few lines.
-        pairs = ahead(blocks, _plain) if size >= _THREADED else ((block, _plain(block)) for block in blocks)
-        for block, lines in pairs:
+        at_once = size < _THREADED or is_live(self._source)
+        for block, lines in ahead(raw_blocks(self._source.file, size), _plain, live=at_once):
             frame = self._events(block, lines)
             if frame is not None:
                 yield from frame.iter_slices(self._options.batch_rows)

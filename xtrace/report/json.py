@@ -30,6 +30,8 @@ def write_json(result: Result, out: TextIO) -> None:
 def write_jsonl(result: Result, out: TextIO, *, told: bool = False) -> None:
     """Write one object a line: inputs, findings, suppressed ones, surface rows, trace findings, and the summary last.
 
+    Where findings that were told already do not hold (``Result.revised``), a line of its own says so and all are written.
+
     ``type`` says which.
 
     Args:
@@ -37,6 +39,9 @@ def write_jsonl(result: Result, out: TextIO, *, told: bool = False) -> None:
         out: where to.
         told: the findings were written already, as they appeared.
     """
+    if told and result.revised:
+        out.write(json.dumps({"type": "revised"}) + "\n")
+        told = False
     head = common.head(result)
     for item in head.pop("inputs"):
         out.write(json.dumps({"type": "input", **item}) + "\n")
