@@ -125,7 +125,7 @@ class Lines:
     """Reads lines of one text.
 
     Args:
-        packing: "3.1" or "3.2": which half of an HVM record's identity word is the domain; None = the text does not show it.
+        packing: "low" or "high": which half of an HVM record's identity word is the domain; None = the text does not show it.
         timed: the times are TSCs.
         pages: the guests' hypercall pages (`hypercall_pages`).
     """
@@ -232,7 +232,7 @@ class Lines:
         if named and self.packing is None:
             # Whose it was cannot be told from the word, so what comes from it is not used either.
             action, words = ("vmmcall", words[1:]) if action == "vmmcall" else ("exit_other", [])
-        elif named and self.packing == "3.1":
+        elif named and self.packing == "high":
             words[0] = words[0] // (1 << 16) + (words[0] & 0xFFFF) * (1 << 16)
         return _shaped(part, action, pl.lit(line["event"]), pl.lit(len(words)), words, opless)
 

@@ -99,7 +99,7 @@ class XentraceFormatRecording:
             ledger.problem("times are whole seconds (written with -c): not used, and pCPUs cannot be merged")
         runs = scan_runs(source.file, ledger, block=self._chunk)
         ledger.lines = runs.lines
-        packing = "3.2" if runs.windows else "3.1" if runs.old_exits else None
+        packing = "low" if runs.windows else "high" if runs.old_exits else None
         self._lines = Lines(packing=packing, timed=not seconds, pages=hypercall_pages(runs.sites))
         numbers = np.array(runs.pcpus, dtype=np.uint32)
         self._pcpus = Pcpus(len(numbers))
