@@ -60,6 +60,7 @@ def _part(
     data = text.data
     # Other blanks, which are not ASCII perhaps, are tokens too, so that no value has one in it; nor the X of 0X, which the
     # guests do not print.
+    data = data[: len(data) - PAD + 1]  # behind the text one token only, and room to read on from it
     token = np.flatnonzero((data <= _SPACE) | (data == _EQUALS) | (data == _COMMA) | (data > _ASCII) | (data == _X))
     what = data[token]
     begin = start.astype(np.intp) + PAD
