@@ -209,30 +209,41 @@ def _decoding(d: dict[str, Any]) -> str:
 
 
 def _surface(result: Result, console: Console) -> None:
-    lines: dict[str, list[str]] = {}
+    found: dict[tuple[str, str, str], dict[str, None]] = {}  # verdict, what breaks, the call -> targets
     for r in result.surface:
         name = f"{r.hypercall}/{r.subop}" if r.subop else r.hypercall
         who = "unknown domain" if r.domid is None else f"domain {r.domid}"
         for v in r.verdicts:
-            if not v.open or not r.caught:
-                continue
             counted = [t for t in v.targets if t not in result.targets.rollback]
-            if not counted:
+            if not v.open or not r.caught or not counted:
                 continue
-            detail = ", ".join(dict.fromkeys([*v.breaking, *v.unknown]))
-            word = {"breaks": "XT020 could break", "undecidable": "XT021 could break, sub-operation not recorded",
-                    "unknown": "XT022 not modelled"}[v.verdict]  # fmt: skip
-            text = f"{word} at {release.fold_text(counted)}"
-            if detail and detail != name.split("/")[-1]:
-                text += f" ({detail})"
-            lines.setdefault(text, []).append(f"{name} ({who}, {r.calls:,} calls)")
+            parts = list(dict.fromkeys([*v.breaking, *v.unknown]))
+            detail = _some(parts) if parts and parts != [name.split("/")[-1]] else ""
+            call = f"{name} ({who}, {r.calls:,} calls)"
+            found.setdefault((v.verdict, detail, call), {}).update(dict.fromkeys(counted))
+    lines: dict[str, list[str]] = {}
+    for (verdict, detail, call), targets in found.items():
+        text = f"{_OPEN[verdict]} at {release.fold_text([t for t in result.targets.versions if t in targets])}"
+        lines.setdefault(text + (f" ({detail})" if detail else ""), []).append(call)
     if not lines:
         return
     console.print()
     console.print("What was called and could break if it were caught:", style="bold")
-    for text, names in lines.items():
-        console.print(f"  {_safe(text)}:")
-        console.print("    " + _safe(", ".join(names)))
+    for text, calls in lines.items():
+        _wrapped(f"{text}:", console, 2)
+        _wrapped(", ".join(calls), console, 4)
+
+
+#: Verdict of the surface -> how a line about it begins.
+_OPEN = {
+    "breaks": "XT020 could break",
+    "undecidable": "XT021 could break, sub-operation not recorded",
+    "unknown": "XT022 not modelled",
+}
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names) if len(names) <= most + 1 else f"{', '.join(names[:most])} and {len(names) - most} more"
 
 
 def _suppressed(result: Result, console: Console) -> None:
