@@ -94,3 +94,20 @@ def test_sidecar_names_the_release(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "guest.save.zst.xtrace.toml").write_text('release = "4.17.7"\n')
     run(["inspect", str(image), "--format", "json"])
     assert json.loads(capsys.readouterr().out)["sources"] == ["4.17.7"]
+
+
+def test_suppressions_hold_for_images_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "xtrace.toml").write_text('[[suppress]]\ncode = "XT010"\nreason = "live update only"\n')
+    monkeypatch.chdir(tmp_path)
+    args = ["inspect", str(SAMPLES / "pv-populate.save.zst"), "--from", "4.17.7", "--to", "4.18"]
+    assert run(args) == 0
+    out = capsys.readouterr().out
+    assert "suppressed, and not counted for the exit status: 1 finding" in out
+    assert "live update only" in out
+    assert run([*args, "--format", "json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["findings"] == []
+    assert [row["code"] for row in answer["suppressed"]] == ["XT010"]
+    assert run([*args, "--config", "none"]) == 4

@@ -13,6 +13,7 @@ NAME = "inspect"
 
 
 def command(
+    context: typer.Context,
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="xl save file, libxl or libxc stream, xl dump-core; - is stdin.")],
     source: From = None,
     to: Annotated[
@@ -34,6 +35,7 @@ def command(
     """
     from xtrace.cli import common, options
     from xtrace.cli.analyze import _keep
+    from xtrace.cli.given import given
 
     keep = _keep(fail_on)
     common.choose_format(format_)
@@ -43,7 +45,12 @@ def command(
     from xtrace.report import inspect_json, inspect_text
     from xtrace.report.common import clean
 
-    found = inspect(image, Options(source=source, targets=tuple(to or ())), tasks=tasks)
+    said = given(context)
+    chosen = Options(
+        source=source, targets=tuple(to or ()), suppressions=said.settings.suppressions, said_by=said.origin("from"),
+        notes=said.notes([image]),
+    )  # fmt: skip
+    found = inspect(image, chosen, tasks=tasks)
     for error in found.result.failed:
         print(f"xtrace: {clean(str(error))}", file=sys.stderr)
     with options.opened(output) as out:

@@ -43,6 +43,7 @@ def document(inspection: Inspection) -> dict[str, Any]:
         "targets": common.target_groups(result),
         "exit_status": inspection.bits,
         "findings": list(common.rows(result)),
+        "suppressed": list(common.suppressed_rows(result)),
     }
 
 

@@ -51,6 +51,12 @@ def _lines(inspection: Inspection) -> Iterator[str]:
         yield ""
         yield from _targets(inspection)
     yield from _findings(inspection)
+    if accepted := common.suppressed(result):
+        yield ""
+        yield from _wrap(f"suppressed, and not counted for the exit status: {accepted}", "", "  ")
+        for used in result.suppressions:
+            if used.taken or used.surface_taken:
+                yield from _wrap(f"{used.suppression.reason} ({used.suppression.where})", "  ", "    ")
     if image.damage:
         yield ""
         for d in image.damage:
