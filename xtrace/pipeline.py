@@ -946,7 +946,7 @@ def _calls(parts: list[pl.DataFrame], losses: Sequence[Losses]) -> pl.DataFrame:
             .then(pl.lit("inferred"))
             .otherwise(pl.lit("proved"))
             .alias("evidence"),
-            pl.col("by").filter(pl.col("reentry")).to_physical().max().cast(CALLS["by"]).alias("by"),
+            pl.col("by").filter(pl.col("reentry")).max(),  # they stand in order: the weakest
         )
         .cast({"evidence": CALLS["evidence"]})
         .select(CALLS.names())

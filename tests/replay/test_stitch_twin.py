@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from xtrace.replay import links
 from xtrace.replay.stitch import Stitcher
-from xtrace.schema import EVENTS, empty
+from xtrace.schema import ARGS, EVENTS, empty
 
 RELEASE = "4.17.7"
 #: So few irets must have been seen before what follows one can be called fast; in earnest it is more.
@@ -83,6 +83,7 @@ class Vcpu:
     again: bool = False  # the next sub-call is the one that was preempted
     last: tuple[str, int, tuple[int, int], int, int] | None = None  # kind, op, at, tsc, pcpu of the last entry or return
     returns: int = 0
+    stood: tuple[dict[str, Any], tuple[int, int]] | None = None  # a sample on the instruction, and nothing but irets since
 
 
 def follows(old: Entry, now: Entry, adjacent: bool) -> bool:
@@ -134,6 +135,14 @@ def lands(old: Entry, now: Entry) -> bool:
     return b.kind == "relative" and now.op != 13 and done % b.stride == 0
 
 
+def stands(stood: tuple[dict[str, Any], tuple[int, int]] | None, row: dict[str, Any], at: tuple[int, int]) -> bool:
+    """Say whether an entry repeats the registers of the stopped vCPU before it."""
+    if stood is None or stood[1] != at or stood[0]["op"] != row["op"]:
+        return False
+    both = [(stood[0][a], row[a]) for a in ARGS if stood[0][a] is not None and row[a] is not None]
+    return bool(both) and all(x == y for x, y in both)
+
+
 def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]], int]:
     """Return (seq, call, reentry) of each row, (seq, evidence, call, first) of the continuations, and the number of calls."""
     vcpus: dict[Any, Vcpu] = {}
@@ -153,6 +162,11 @@ def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[
         owner = v.owner if v.owner is not None and v.owner.at == at else None
         said = read(row)
         call, again, evidence, first = None, False, None, None
+        stood = v.stood if kind in ENTRIES and stands(v.stood, row, at) else None
+        if kind == "sample":
+            v.stood = (row, at) if row["on_insn"] else None
+        elif kind == "return" or (kind in ENTRIES and op != 23):
+            v.stood = None
         soon = False
         if kind in (*ENTRIES, "return"):
             before, v.last = v.last, (kind, op, at, row["tsc"], row["pcpu"])
@@ -164,7 +178,12 @@ def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[
         if kind in ENTRIES:
             now = Entry(said, at, op, -1, None if said.marked else seq, v.returns, rip=row["rip"])
             old = v.by_op.get(op) if said.kind or op in MAY else None
-            if old is not None and soon and not (said.kind and follows(old, now, v.real is old)) and lands(old, now):
+            if old is not None and stood is not None and v.real is old and (old.at, old.returns) == (at, v.returns):
+                again = True
+                now.call, now.first = old.call, old.first
+                if op == 13:
+                    now.multi = 2 if old.subs == (old.said.amount or 0) - (said.amount or 0) + 1 else 1
+            elif old is not None and soon and not (said.kind and follows(old, now, v.real is old)) and lands(old, now):
                 again = True
                 now.call, now.first = old.call, old.first
             elif not said.kind:
