@@ -118,10 +118,10 @@ def findings_of(seen: Seen) -> list[Row]:
     for item in result.surface:
         for v in item.verdicts:
             if item.caught and v.open:
-                out.append({
-                    "code": surface.CODES[v.verdict], "place": None, "outcome": v.verdict, "hypercall": item.hypercall, "subop": item.subop,
-                    "domid": item.domid, "caller": item.caller, "targets": release.fold_text(v.targets), "errno": None, "bits": 4,
-                    "evidence": None, "vcpu": None, "caveats": list(v.caveats), "harmless": None,
+                out.append(dict.fromkeys(result.findings.columns) | {
+                    "code": surface.CODES[v.verdict], "place": None, "outcome": v.verdict, "hypercall": item.hypercall,
+                    "subop": item.subop, "domid": item.domid, "caller": item.caller, "targets": release.fold_text(v.targets),
+                    "bits": 4, "caveats": list(v.caveats),
                 })  # fmt: skip
     for f in result.trace:
         out.append(dict.fromkeys(result.findings.columns) | {

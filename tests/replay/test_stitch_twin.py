@@ -282,6 +282,19 @@ def upcall(draw: st.DrawFn) -> list[dict[str, Any]]:
     return [first, *between, again]
 
 
+@st.composite
+def stopped(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """A call, its vCPU stopped, something between, and perhaps the same registers again."""
+    base = {"segment": 0, "pcpu": 0, "domid": 0, "vcpu": 0, "kind": "hypercall"}
+    first = draw(row().filter(lambda r: r["kind"] == "hypercall" and r["op"] in MAY)) | base
+    stands = draw(st.sampled_from([first, draw(row()) | base])) | {
+        "kind": "sample",
+        "on_insn": draw(st.sampled_from([True, False, None])),
+    }
+    again = draw(st.sampled_from([stands, draw(row()) | base])) | {"kind": "hypercall", "on_insn": None, "tsc": 9}
+    return [first, *draw(st.lists(row(), max_size=1)), stands, *draw(st.lists(row(), max_size=2)), again]
+
+
 def frame(rows: list[dict[str, Any]]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=EVENTS) if rows else empty(EVENTS)
 
@@ -294,8 +307,8 @@ def few() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
-@settings(max_examples=300, deadline=None)
-@given(rows=st.lists(row(), max_size=24) | st.lists(upcall(), max_size=6).map(lambda x: list(itertools.chain(*x))))
+@settings(max_examples=200, deadline=None)
+@given(rows=st.lists(row(), max_size=24) | st.lists(upcall() | stopped(), max_size=6).map(lambda x: list(itertools.chain(*x))))
 def test_twin(size: int, rows: list[dict[str, Any]]) -> None:
     at = itertools.accumulate(r["tsc"] for r in rows)
     rows = [r | {"seq": i, "offset": i, "tsc": t} for i, (r, t) in enumerate(zip(rows, at, strict=True))]

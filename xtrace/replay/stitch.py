@@ -164,9 +164,7 @@ class Stitcher:
         self, table: pl.DataFrame, old: int, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], entry: Mask,
         sub: Mask, ret: Mask, marks: Marks,
     ) -> tuple[Mask, Mask, Mask, Rows, npt.NDArray[np.int8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:  # fmt: skip
-        """Return which entries continue another, those by sequence alone, those by a sample, the first row of each chain, and what
-        ran since.
-        """
+        """Return which entries continue another, those by sequence or a sample, each chain's first row, and what ran since."""
         n = len(table)
         some = np.flatnonzero(entry & ((marks.kind > 0) | links.continuing(self.source, table, entry)))
         slot = np.minimum(op, 64).astype(np.uint32)
