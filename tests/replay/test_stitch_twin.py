@@ -177,8 +177,14 @@ def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[
                     soon = landings >= LANDINGS and gap // 4 <= least
         if kind in ENTRIES:
             now = Entry(said, at, op, -1, None if said.marked else seq, v.returns, rip=row["rip"])
-            old = v.by_op.get(op) if said.kind or op in MAY else None
-            if old is not None and stood is not None and v.real is old and (old.at, old.returns) == (at, v.returns):
+            slot = 36 if op == 49 else op
+            old = v.by_op.get(slot) if said.kind or op in MAY or op == 49 else None
+            if old is not None and old.op == 49 and op == 36:
+                old = None  # a domctl behind a redirected one is a new one
+            if old is not None and op == 49 and v.real is old and (old.at, old.returns) == (at, v.returns):
+                again = True
+                now.call, now.first = old.call, old.first
+            elif old is not None and stood is not None and v.real is old and (old.at, old.returns) == (at, v.returns):
                 again = True
                 now.call, now.first = old.call, old.first
                 if op == 13:
@@ -195,8 +201,8 @@ def slow(rows: list[dict[str, Any]]) -> tuple[list[tuple[Any, ...]], list[tuple[
                     now.multi = 2 if old.subs == old.said.amount - said.amount + 1 else 1  # type: ignore[operator]
             else:
                 now.call, calls = calls, calls + 1
-            if said.kind or op in MAY:
-                v.by_op[op] = now
+            if said.kind or op in MAY or op == 49:
+                v.by_op[slot] = now
             if op != 23:
                 v.real = now
             else:

@@ -166,8 +166,9 @@ class Stitcher:
     ) -> tuple[Mask, Mask, Mask, Rows, npt.NDArray[np.int8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:  # fmt: skip
         """Return which entries continue another, those by sequence or a sample, each chain's first row, and what ran since."""
         n = len(table)
-        some = np.flatnonzero(entry & ((marks.kind > 0) | links.continuing(self.source, table, entry)))
-        slot = np.minimum(op, 64).astype(np.uint32)
+        redirected = entry & (op == PAGING_DOMCTL_CONT)
+        some = np.flatnonzero(redirected | (entry & ((marks.kind > 0) | links.continuing(self.source, table, entry))))
+        slot = np.where(op == PAGING_DOMCTL_CONT, DOMCTL, np.minimum(op, 64)).astype(np.uint32)
         before, ranked = links.previous(some, key, slot)
         p = np.maximum(before, 0)
         neighbour = np.full(n, -1, np.intp)
@@ -191,6 +192,9 @@ class Stitcher:
         hit, guess = links.link(marks, some, op[some], before, neighbour[some] == before, open_, subs, soon)
         # A stopped vCPU stood on the instruction of that call with these very registers.
         stands = _stood(table, key, op, (entry & ~iret) | ret, entry)[some] & (neighbour[some] == before) & open_ & (before >= 0)
+        # Xen alone issues that number, for a domctl that it left; a domctl behind it is a new one.
+        stands |= redirected[some] & (neighbour[some] == before) & open_ & (before >= 0)
+        hit, guess = (x & ~(redirected[p] & ~redirected[some]) for x in (hit, guess))
         hit, guess = (hit | guess | stands) & (some >= old), guess & ~stands & (some >= old)
         linked, guessed, stood = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)
         linked[some], guessed[some], stood[some] = hit, guess, stands & (some >= old)
@@ -270,13 +274,13 @@ class Stitcher:
     ) -> Rows:
         """Choose the last rows of every vCPU that a later row may be compared with."""
         keep = np.zeros(n, bool)
-        slot = np.minimum(op, 64).astype(np.uint32)
+        slot = np.where(op == PAGING_DOMCTL_CONT, DOMCTL, np.minimum(op, 64)).astype(np.uint32)
         real = entry & ~links.is_iret(op)
         # The last is a sample, or stands behind one and hides it.
         for mask in (real, entry | ret, ret, sub, ~(sub | (entry & ~real))):
             rows = np.flatnonzero(mask)
             keep[rows[_last(key[rows])]] = True
-        rows = np.flatnonzero(entry & ((marks.kind > 0) | continuing))
+        rows = np.flatnonzero(entry & ((marks.kind > 0) | continuing | (op == PAGING_DOMCTL_CONT)))
         keep[rows[_last(key[rows], slot[rows])]] = True
         return np.flatnonzero(keep)
 
