@@ -176,7 +176,8 @@ def permits(c: Call, form: str, lost: list[tuple[int, int]], asleep: list[tuple[
 
     Every entry is recorded and nothing is lost from the first to the last one; no task of the domain sleeps inside a call of the
     same hypercall meanwhile (all of a simulated guest's structures lie at one address). Each preemption leaves a stopped vCPU in
-    the trace, as a log has them; of the other forms only calls of one entry are asked for.
+    the trace, as a log has them; of the other forms, which do not show a call's end either, only calls of one entry are asked for,
+    and no task may wake later on.
     """
     if any(r[0].host or r[0].record is None for r in c.ran) or (len(c.ran) > 1 and form != "log"):
         return False
@@ -184,28 +185,26 @@ def permits(c: Call, form: str, lost: list[tuple[int, int]], asleep: list[tuple[
     if any(since <= end and tsc >= begin for since, tsc in lost) or any(k.where.record is None for k in c.left):
         return False
     return not any(
-        domid == c.domain.domid and op in {c.work.op, *(k.op for k in c.left)} and first <= end and last >= begin
+        domid == c.domain.domid and op in {c.work.op, *(k.op for k in c.left)} and (first <= end or form != "log") and last >= begin
         for domid, op, _, first, last in asleep
     )
 
 
 def _resumed(s: Simulation, at: dict[int, int]) -> set[int]:
     """Return the places of sub-calls that run again: the first one behind a multicall that was preempted inside that entry."""
-    records = s.recordings[0].records
-    begins: dict[int, bool] = {}
-    for c in s.calls:
-        for i, ran in enumerate(c.ran):
-            if c.work.op == workloads.MULTICALL and ran[0].host == 0 and ran[0].record is not None:
-                begins[ran[0].record] = i > 0 and c.left[i - 1].inner is not None
-    out: set[int] = set()
-    waiting: dict[tuple[int, int], bool] = {}
-    for i, r in enumerate(records):
-        who = (r.domid, r.vcpu)
-        if r.kind == "call":
-            waiting[who] = begins.get(i, False)
-        elif r.kind == "subcall" and waiting.pop(who, False) and i in at:
-            out.add(at[i])
-    return out
+    # It begins one tick after its multicall, whose own record may be lost.
+    again = {
+        (c.domain.domid, ran[1], ran[3] + 1)
+        for c in s.calls
+        if c.work.op == workloads.MULTICALL
+        for i, ran in enumerate(c.ran)
+        if i and ran[0].host == 0 and c.left[i - 1].inner is not None
+    }
+    return {
+        at[i]
+        for i, r in enumerate(s.recordings[0].records)
+        if r.kind == "subcall" and i in at and (r.domid, r.vcpu, r.tsc) in again
+    }
 
 
 def run(source: str, callers: tuple[str, ...], calls: int, seeds: int, park: float, lost: float, form: str) -> Score:
