@@ -147,13 +147,48 @@ W = "dom=3 vcpu=0"
         ),
         # Two multicalls, each run to its end.
         ([f"hypercall {W} op=13 a1~=2", f"subcall {W} op=17", f"subcall {W} op=17", f"hypercall {W} op=13 a1~=1"], 2, 0, 0),
+        # The registers of a stopped vCPU, and then an entry with the same ones; an upcall's iret may lie between.
+        (
+            [
+                f"hypercall {W} op=12 a0=1 a1=0x1000",
+                f"sample {W} op=12 a0=1 a1=0x1000 on_insn=1",
+                f"hypercall {W} op=23",
+                f"hypercall {W} op=12 a0=1 a1=0x1000",
+            ],
+            2,
+            1,
+            1,
+        ),
+        # Others, or after another call: that task sleeps.
+        (
+            [
+                f"hypercall {W} op=12 a0=1 a1=0x1000",
+                f"sample {W} op=12 a0=1 a1=0x1000 on_insn=1",
+                f"hypercall {W} op=12 a0=1 a1=0x2000",
+            ],
+            2,
+            1,
+            0,
+        ),
+        (
+            [
+                f"hypercall {W} op=12 a0=1 a1=0x1000",
+                f"sample {W} op=12 a0=1 a1=0x1000 on_insn=1",
+                f"hypercall {W} op=17",
+                f"hypercall {W} op=12 a0=1 a1=0x1000",
+            ],
+            3,
+            1,
+            0,
+        ),
         # A stopped vCPU on the instruction of a call in progress, and one that is elsewhere.
         ([f"hypercall {W} op=12 a0=1 a1=0x1000", f"sample {W} op=12 a0=1 a1=0x1000 on_insn=1"], 1, 1, 0),
         ([f"hypercall {W} op=12 a0=1 a1=0x1000", f"sample {W} op=12 a0=1 a1=0x1000 on_insn=0"], 1, 0, 0),
         # On an instruction, but of no call seen: it may not have been executed yet.
         ([f"sample {W} op=12 a0=1 a1=0x1000 on_insn=1"], 0, 0, 1),
-        # A redirect that only Xen issues.
-        ([f"hypercall {W} op=36 a0=0x1000", f"hypercall {W} op=49 a0=0x1000"], 2, 1, 0),
+        # A redirect that only Xen issues; a domctl behind it is a new one.
+        ([f"hypercall {W} op=36 a0=0x1000", f"hypercall {W} op=49 a0=0x1000"], 1, 1, 0),
+        ([f"hypercall {W} op=36 a0=0x1000", f"hypercall {W} op=49 a0=0x1000", f"hypercall {W} op=36 a0=0x1000"], 2, 1, 0),
     ],
 )  # fmt: skip
 def test_small_logs(tmp_path: Path, lines: list[str], calls: int, proved: int, inferred: int) -> None:

@@ -4,8 +4,8 @@ Evidence, strongest first (DESIGN §2):
 
 * ``proved``: the record's own content (flag bit, non-zero continuation bits, an index in guest memory, the number 49), or a
   stopped vCPU on the hypercall instruction of a call in progress;
-* ``inferred``: arithmetic between two entries of one vCPU (count down by what was done, pointer up by as much), or a stopped
-  vCPU on a hypercall instruction whose call was not seen.
+* ``inferred``: arithmetic between two entries of one vCPU (count down by what was done, pointer up by as much), an entry with
+  the registers of the stopped vCPU before it, or a stopped vCPU on a hypercall instruction whose call was not seen.
 
 Nothing is concluded from the same hypercall being made twice: with a hypercall page every call of one number has one
 instruction pointer. Entries are compared per (domid, vcpu) in time order; where the trace does not say who runs, per
@@ -102,7 +102,7 @@ class Stitcher:
         sub, sample, ret = kind == CODE["subcall"], kind == CODE["sample"], kind == CODE["return"]
         key = links.keys(table)
         marks = links.marks(self.source, table, entry | sub | sample)
-        linked, guessed, start, multi, subs, irets = self._links(table, old, key, op, entry, sub, ret, marks)
+        linked, guessed, stood, start, multi, subs, irets = self._links(table, old, key, op, entry, sub, ret, marks)
         call = self._calls(old, entry, linked, start)
         owner, before = links.fill(np.where(entry, np.arange(len(table)), -1), entry | ret, key)
         owner = np.where(ret, before, owner)
@@ -130,7 +130,7 @@ class Stitcher:
         begin = np.where(entry, start, np.where(sample & (owner >= 0) & own, start[o], -1))
         hit = np.flatnonzero(proved | inferred)
         evidence = pl.Series("evidence", np.where(proved[hit], "proved", "inferred")).cast(CONTINUATIONS["evidence"])
-        by = _by(marks.marked | sample, guessed, proved | inferred)
+        by = _by(marks.marked | sample | stood, guessed, proved | inferred)
         continuations = pl.concat(
             [table[hit], self._issued(table, old, begin[hit], marks.marked), evidence.to_frame(), by[hit].to_frame()],
             how="horizontal",
@@ -163,11 +163,12 @@ class Stitcher:
     def _links(
         self, table: pl.DataFrame, old: int, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], entry: Mask,
         sub: Mask, ret: Mask, marks: Marks,
-    ) -> tuple[Mask, Mask, Rows, npt.NDArray[np.int8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:  # fmt: skip
-        """Return which entries continue another, those by sequence alone, the first row of each chain, and what ran since."""
+    ) -> tuple[Mask, Mask, Mask, Rows, npt.NDArray[np.int8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:  # fmt: skip
+        """Return which entries continue another, those by sequence or a sample, each chain's first row, and what ran since."""
         n = len(table)
-        some = np.flatnonzero(entry & ((marks.kind > 0) | links.continuing(self.source, table, entry)))
-        slot = np.minimum(op, 64).astype(np.uint32)
+        redirected = entry & (op == PAGING_DOMCTL_CONT)
+        some = np.flatnonzero(redirected | (entry & ((marks.kind > 0) | links.continuing(self.source, table, entry))))
+        slot = np.where(op == PAGING_DOMCTL_CONT, DOMCTL, np.minimum(op, 64)).astype(np.uint32)
         before, ranked = links.previous(some, key, slot)
         p = np.maximum(before, 0)
         neighbour = np.full(n, -1, np.intp)
@@ -189,9 +190,14 @@ class Stitcher:
         there, known = rip.fill_null(0).to_numpy(), rip.is_not_null().to_numpy()
         soon = soon[some] & once & ((there[some] == there[p]) | ~known[some] | ~known[p])
         hit, guess = links.link(marks, some, op[some], before, neighbour[some] == before, open_, subs, soon)
-        hit, guess = (hit | guess) & (some >= old), guess & (some >= old)
-        linked, guessed = np.zeros(n, bool), np.zeros(n, bool)
-        linked[some], guessed[some] = hit, guess
+        # A stopped vCPU stood on the instruction of that call with these very registers.
+        stands = _stood(table, key, op, (entry & ~iret) | ret, entry)[some] & (neighbour[some] == before) & open_ & (before >= 0)
+        # Xen alone issues that number, for a domctl that it left; a domctl behind it is a new one.
+        stands |= redirected[some] & (neighbour[some] == before) & open_ & (before >= 0)
+        hit, guess = (x & ~(redirected[p] & ~redirected[some]) for x in (hit, guess))
+        hit, guess = (hit | guess | stands) & (some >= old), guess & ~stands & (some >= old)
+        linked, guessed, stood = np.zeros(n, bool), np.zeros(n, bool), np.zeros(n, bool)
+        linked[some], guessed[some], stood[some] = hit, guess, stands & (some >= old)
         # 1: re-entered between two entries of the multicall; 2: its last sub-call was preempted and runs again.
         done = (marks.amount[p] - marks.amount[some]).astype(np.int64)
         multi = np.zeros(n, np.int8)
@@ -204,7 +210,7 @@ class Stitcher:
             start[ranked] = ranked[at]
         # What each row has seen run since, for the next batch.
         since = np.where(op == MULTICALL, ran[1][key] - ran[0] + carried, 0)
-        return linked, guessed, start, multi, since, landed[1][key] - landed[0] + crossed
+        return linked, guessed, stood, start, multi, since, landed[1][key] - landed[0] + crossed
 
     def _landings(
         self, table: pl.DataFrame, old: int, key: npt.NDArray[np.uint32], rows: Mask, iret: Mask,
@@ -268,11 +274,13 @@ class Stitcher:
     ) -> Rows:
         """Choose the last rows of every vCPU that a later row may be compared with."""
         keep = np.zeros(n, bool)
-        slot = np.minimum(op, 64).astype(np.uint32)
-        for mask in (entry & ~links.is_iret(op), entry | ret, ret, sub):
+        slot = np.where(op == PAGING_DOMCTL_CONT, DOMCTL, np.minimum(op, 64)).astype(np.uint32)
+        real = entry & ~links.is_iret(op)
+        # The last is a sample, or stands behind one and hides it.
+        for mask in (real, entry | ret, ret, sub, ~(sub | (entry & ~real))):
             rows = np.flatnonzero(mask)
             keep[rows[_last(key[rows])]] = True
-        rows = np.flatnonzero(entry & ((marks.kind > 0) | continuing))
+        rows = np.flatnonzero(entry & ((marks.kind > 0) | continuing | (op == PAGING_DOMCTL_CONT)))
         keep[rows[_last(key[rows], slot[rows])]] = True
         return np.flatnonzero(keep)
 
@@ -312,6 +320,27 @@ def _last(*group: npt.NDArray[np.uint32]) -> Rows:
         change |= g[order[1:]] != g[order[:-1]]
     last: Rows = order[np.append(change, True)]
     return last
+
+
+def _stood(table: pl.DataFrame, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], ends: Mask, entry: Mask) -> Mask:
+    """Say which entries repeat the registers of a sample on the hypercall instruction; ``ends``: rows after which it is past."""
+    on = table.get_column("on_insn").fill_null(value=False).to_numpy() & (table.get_column("kind") == "sample").to_numpy()
+    out = np.zeros(len(table), bool)
+    if not on.any():
+        return out
+    rows = np.flatnonzero(ends | (table.get_column("kind") == "sample").to_numpy())
+    before, _ = links.previous(rows, key)
+    hit = (before >= 0) & entry[rows] & on[np.maximum(before, 0)] & (op[rows] == op[np.maximum(before, 0)])
+    rows, before = rows[hit], before[hit]
+    same, told = np.ones(len(rows), bool), np.zeros(len(rows), bool)
+    for name in ("segment", "epoch", *ARGS):
+        column = table.get_column(name)
+        value, known = column.fill_null(0).to_numpy(), column.is_not_null().to_numpy()
+        both = known[rows] & known[before]
+        same &= ~both | (value[rows] == value[before])
+        told |= both & name.startswith("arg")
+    out[rows] = same & told
+    return out
 
 
 def _resumed(sub: Mask, op: npt.NDArray[np.uint32], key: npt.NDArray[np.uint32], multi: npt.NDArray[np.int8]) -> Mask:
