@@ -7,7 +7,6 @@ a line that is no row, or whose values do not fit, is skipped and named. No row 
 from __future__ import annotations
 
 import csv
-import io
 import json
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,9 +14,11 @@ import polars as pl
 
 from xtrace import schema
 from xtrace.errors import InputError
+from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Ledger, Observed, ReadOptions
 from xtrace.ingest.events_fit import OFFSET, ROW, Fit
-from xtrace.ingest.lines import MAX_LINE, LineBlock, block_bytes, line_blocks
+from xtrace.ingest.lines import MAX_LINE, LineBlock, RawBlock, block_bytes, block_of, raw_blocks
+from xtrace.ingest.text import AHEAD_LEAST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,6 +39,7 @@ _DIGITS: Final = 21
 # A line of CSV: cells without a quote, or in quotes.
 _CELL: Final = r'(?:[^",]*|"(?:[^"]|"")*")'
 _LINE: Final = rf"^{_CELL}(?:,{_CELL})*$"
+_NOTHING: Final = '(?:^|,)""(?:,|$)'
 _QUOTED: Final = r'"(?:[^"]|"")*"'
 
 
@@ -55,26 +57,45 @@ class TextTable:
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS``."""
-        for block in line_blocks(self._source.file, block_bytes(self._options)):
+        size = block_bytes(self._options)
+        blocks = raw_blocks(self._source.file, size)
+        # Threads are not worth it for a few lines.
+        pairs = ahead(blocks, self._parsed) if size >= AHEAD_LEAST else ((block, self._parsed(block)) for block in blocks)
+        for _, (block, lines, frame) in pairs:
             refused: Refused = [
                 (line, at, f"a line of {size} bytes is no row (more than {MAX_LINE}) and was skipped")
                 for at, line, size in block.long
             ]
             self.ledger.skipped_bytes += sum(size for _, _, size in block.long)
             self.ledger.lines += len(block.text) + len(block.long)
-            lines = pl.DataFrame({"text": block.text.str.strip_suffix("\r"), ROW: block.line, OFFSET: block.offset})
             if block.cut:
-                lines = self._whole(lines, block)
-            empty = lines["text"].str.strip_chars() == ""
-            self.ledger.noise_lines += int(empty.sum())
-            lines = lines.filter(~empty)
-            frame = self._objects(lines, refused) if self._json else self._cells(lines, refused)
+                whole = self._whole(_numbered(block), block)
+                lines = whole.filter(~_empty(whole))
+                self.ledger.noise_lines += len(whole) - len(lines)
+            else:
+                self.ledger.noise_lines += len(block.text) - len(lines)
+            frame = self._objects(lines, frame, refused) if self._json else self._cells(lines, frame, refused)
             events = self._fit.events(frame, refused)
             if len(events):
                 yield from events.iter_slices(max(self._options.batch_rows, 1))
         if self._source.damage:
             self.ledger.truncated = True
             self.ledger.problem(self._source.damage, offset=self._source.size)
+
+    def _parsed(self, raw: RawBlock) -> tuple[LineBlock, pl.DataFrame, pl.DataFrame | None]:
+        """Return a block's lines, those that are not empty, and what a fast parser makes of them, if it may be asked already.
+
+        Runs in other threads: changes nothing. The columns are known as soon as the first block was read.
+        """
+        block, header = block_of(raw), self._header
+        lines = _numbered(block)
+        lines = lines.filter(~_empty(lines))
+        if block.cut or header is None:
+            return block, lines, None
+        data = block.raw if len(lines) == len(block.text) and block.raw.isascii() and b"\r" not in block.raw else None
+        if self._json:
+            return block, lines, _fast_objects(lines["text"], data)
+        return block, lines, _fast_cells(lines["text"], _columns(header), data)
 
     def _whole(self, lines: pl.DataFrame, block: LineBlock) -> pl.DataFrame:
         """Leave out a last line without newline: its last number may have lost digits. An object that is closed has not."""
@@ -95,14 +116,14 @@ class TextTable:
 
     # -- CSV ---------------------------------------------------------------------------------------------------
 
-    def _cells(self, lines: pl.DataFrame, refused: Refused) -> pl.DataFrame:
+    def _cells(self, lines: pl.DataFrame, cells: pl.DataFrame | None, refused: Refused) -> pl.DataFrame:
         if self._header is None and len(lines):
             self._header = self._head(lines["text"][0], int(lines[ROW][0]))
             lines = lines[1:]
         header = self._header or ["kind"]
-        columns = [name if name in schema.EVENTS else f"{_DROP}{i}" for i, name in enumerate(header)]
-        text = lines["text"]
-        cells = _fast_cells(text, columns)
+        columns = _columns(header)
+        if cells is None:
+            cells = _fast_cells(lines["text"], columns)
         if cells is None:
             rows: list[list[str | None]] = []
             good: list[bool] = []
@@ -136,11 +157,12 @@ class TextTable:
 
     # -- NDJSON ------------------------------------------------------------------------------------------------
 
-    def _objects(self, lines: pl.DataFrame, refused: Refused) -> pl.DataFrame:
+    def _objects(self, lines: pl.DataFrame, frame: pl.DataFrame | None, refused: Refused) -> pl.DataFrame:
         if self._header is None and len(lines):
             self._header = _names(lines["text"][0].removeprefix("\ufeff"))
             self._ignore([name for name in self._header if name not in schema.EVENTS], int(lines[ROW][0]))
-        frame = _fast_objects(lines["text"])
+        if frame is None:
+            frame = _fast_objects(lines["text"])
         if frame is not None:
             return frame.with_columns(lines[ROW], lines[OFFSET])
         rows, good = [], []
@@ -168,8 +190,20 @@ _WIDE: Final[dict[str, Any]] = {
 }
 
 
-def _fast_cells(text: pl.Series, columns: list[str]) -> pl.DataFrame | None:
-    """Parse lines of CSV at once; None where that does not give one full row for each."""
+def _numbered(block: LineBlock) -> pl.DataFrame:
+    return pl.DataFrame({"text": block.text.str.strip_suffix("\r"), ROW: block.line, OFFSET: block.offset})
+
+
+def _empty(lines: pl.DataFrame) -> pl.Series:
+    return lines["text"].str.strip_chars() == ""
+
+
+def _columns(header: list[str]) -> list[str]:
+    return [name if name in schema.EVENTS else f"{_DROP}{i}" for i, name in enumerate(header)]
+
+
+def _fast_cells(text: pl.Series, columns: list[str], data: bytes | None = None) -> pl.DataFrame | None:
+    """Parse lines of CSV at once; None where that does not give one full row for each. ``data``: the same lines, each ended."""
     if not len(text):
         return pl.DataFrame(schema=dict.fromkeys(columns, pl.String))
     quoted = text.str.contains('"', literal=True)
@@ -181,11 +215,11 @@ def _fast_cells(text: pl.Series, columns: list[str]) -> pl.DataFrame | None:
             return None
     try:
         frame = pl.read_csv(
-            text.str.join("\n").item().encode(), has_header=False, schema=dict.fromkeys(columns, pl.String), quote_char='"'
+            data or text.str.join("\n").item().encode(), has_header=False, schema=dict.fromkeys(columns, pl.String), quote_char='"'
         )
     except pl.exceptions.PolarsError:
         return None
-    if len(some):
+    if len(some) and some.str.contains(_NOTHING).any():
         frame = frame.with_columns(pl.when(pl.col(pl.String) != "").then(pl.col(pl.String)).name.keep())
     return frame if len(frame) == len(text) else None
 
@@ -207,8 +241,8 @@ def _arrow_schema() -> pa.Schema:
     return pa.schema(fields)
 
 
-def _fast_objects(text: pl.Series) -> pl.DataFrame | None:
-    """Parse lines of JSON at once; None where that does not give one row for each."""
+def _fast_objects(text: pl.Series, data: bytes | None = None) -> pl.DataFrame | None:
+    """Parse lines of JSON at once; None where that does not give one row for each. ``data``: the same lines, each ended."""
     import pyarrow as pa
     import pyarrow.json as pj
 
@@ -219,10 +253,10 @@ def _fast_objects(text: pl.Series) -> pl.DataFrame | None:
     shaped = (text.str.starts_with("{") & text.str.ends_with("}")).all()
     if not shaped:
         return None
-    data = text.str.join("\n").item().encode()
+    data = data or text.str.join("\n").item().encode()
     try:
         table = pj.read_json(
-            io.BytesIO(data),
+            pa.BufferReader(data),
             read_options=pj.ReadOptions(block_size=len(data) + 1, use_threads=False),
             parse_options=pj.ParseOptions(
                 explicit_schema=_arrow_schema(), unexpected_field_behavior="ignore", newlines_in_values=False

@@ -30,15 +30,18 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 import polars as pl
 
+from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Shows
-from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks, magnitudes
+from xtrace.ingest.lines import LineBlock, RawBlock, block_bytes, block_of, line_blocks, magnitudes, raw_blocks
 from xtrace.ingest.linux_lines import EVENT_LINE, losses, parse, times
 from xtrace.ingest.source import is_live
-from xtrace.ingest.text import Found, TextRecording
-from xtrace.schema import ARGS
+from xtrace.ingest.text import Found, TextRecording, lines_of
+from xtrace.schema import ARGS, EVENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
     from xtrace.ingest.base import ReadOptions
     from xtrace.ingest.source import Source
@@ -47,6 +50,7 @@ __all__ = ("READER", "KvmEventsReader", "KvmEventsRecording")
 
 _X: Final = r"(0x[0-9a-f]{1,16})"
 _ANY: Final = "xen_hypercall"
+_LOG_BEGINS: Final = "xen_hypercall: cpu "
 _LOG: Final = rf"xen_hypercall: cpu ([0-9]{{1,5}}) cpl [0-9]+ input ([0-9]{{1,20}}) a0 {_X} a1 {_X} a2 {_X} ret {_X}\s*$"
 _SIMPLE: Final = (
     r"^kvm_xen_hypercall -?[0-9]+\.[0-9]{3} pid=[0-9]+ "
@@ -54,10 +58,15 @@ _SIMPLE: Final = (
 )
 _QEMU: Final = ("vcpu", "op", "arg0", "arg1", "arg2", "ret")
 _STAMP: Final = r"(?:^|\s)[0-9]+@([0-9]{1,10})\.([0-9]{6}):kvm_xen_hypercall "
-_ISO: Final = r"^([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?)Z kvm_xen_hypercall "
+# What is before the first name on a line: anchored at both ends of a short text, a pattern costs a fraction.
+_NAME: Final = "kvm_xen_hypercall "
+_STAMP_HEAD: Final = r"^[0-9]+@([0-9]{1,10})\.([0-9]{6}):$"
+_ISO_HEAD: Final = r"^([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]{1,9})?)Z $"
 _QEMU_LINE: Final = r"^(?:[0-9]+@[0-9]+\.[0-9]{6}:|[0-9-]{10}T[0-9:.]{8,18}Z )?[a-z][a-z0-9]*_\w+ "
 _LOOKS: Final = r"xen_hypercall:? +(?:cp[ul]|nr|-?[0-9.]+ pid=)"
-_KVM: Final = rf"^(?:cpl [0-9]+ )?nr {_X} a0 {_X} a1 {_X} a2 {_X} a3 {_X} a4 0x[0-9a-f]{{1,16}} a5 (?:0x)?[0-9a-f]{{1,16}}\s*$"
+# (?:0x)?[0-9a-f]{1,16}, written so that each character says what may follow: such a pattern is matched in one pass.
+_A5: Final = "(?:0(?:x[0-9a-f]{1,16}|[0-9a-f]{0,15})|[1-9a-f][0-9a-f]{0,15})"
+_KVM: Final = rf"^(?:cpl [0-9]+ )?nr {_X} a0 {_X} a1 {_X} a2 {_X} a3 {_X} a4 0x[0-9a-f]{{1,16}} a5 {_A5}\s*$"
 _TASK: Final = r"^\s*CPU ([0-9]{1,5})/KVM[- ] *([0-9]{1,10})(?:/[0-9]+)? "
 #: More threads than this are not told apart.
 _THREADS: Final = 1 << 16
@@ -79,101 +88,157 @@ class KvmEventsRecording(TextRecording):
         super().__post_init__()
         self._threads: dict[int, int] = {}  # vCPU -> the first thread of that name
 
+        self._split: Split | None = None
+
     def blocks(self) -> Iterator[LineBlock]:
-        """Yield blocks of lines, large ones: what a block costs beside its lines weighs less."""
+        """Yield blocks of lines, large ones: what a block costs beside its lines weighs less. The next are split meanwhile."""
         size = block_bytes(self.options)
-        return line_blocks(self.source.file, size * 4 if size == 1 << 22 and not is_live(self.source) else size)
+        if is_live(self.source) or size < 1 << 22:
+            yield from line_blocks(self.source.file, size)
+            return
+        for _, (block, split) in ahead(raw_blocks(self.source.file, 4 * size), _split_block):
+            self._split = split
+            yield block
 
     def read(self, lines: pl.DataFrame) -> Found:
         """Read whole lines."""
-        some = lines.filter(pl.col("text").str.contains(_ANY, literal=True)).select(_TEXT)
-        called, left = self._qemu(some)
-        kernel, bad = self._kernel(left)
-        lost = losses(lines)
-        rows = pl.concat([called, kernel, lost.with_columns(kind=pl.lit("lost"), order=pl.lit(0, pl.Int32))], how="diagonal").sort(
-            "line", "order", maintain_order=True
-        )
-        # Every event line is a record, whatever the event.
-        event = lines["text"].str.contains(EVENT_LINE)
-        rest = lines.filter(~event).select(_TEXT)
-        understood, number = event.to_numpy(writable=True), lines["line"].to_numpy()
-        for part, value in ((rest.filter(rest["text"].str.contains(_QEMU_LINE)), True), (rows, True), (bad, False)):
-            understood[np.searchsorted(number, part["line"].to_numpy())] = value
+        split, self._split = self._split or split_lines(lines), None
+        rows = pl.concat([split.called, self._vcpus(split.kernel), split.lost], how="diagonal")
+        rows = rows.sort(pl.col("line") * 2 + pl.col("order"), maintain_order=True)
         noise = None
         if len(self.ledger.unparsed) < self.ledger.SHOWN:
-            noise = lines.filter(~pl.Series(understood) & ~lines["line"].is_in(bad["line"].implode()))
-        return Found(rows.drop("order"), bad, int(understood.sum()), noise)
-
-    def _qemu(self, some: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """Read QEMU's lines, two rows each; return the other lines as well."""
-        parts, left = [], some
-        for pattern in (_LOG, _SIMPLE):
-            out = left.with_columns(pl.col("text").str.extract_groups(pattern).struct.rename_fields(_QEMU).struct.unnest())
-            hit = out["vcpu"].is_not_null()
-            parts.append(out.filter(hit))
-            left = left.filter(~hit)
-        out = pl.concat(parts).with_columns(magnitudes(pl.col(n)) for n in _QEMU)
-        whole = (out["op"] < 1 << 32).fill_null(value=False)
-        left = pl.concat([left, out.filter(~whole).select(_TEXT)])
-        good = _wall(out.filter(whole)).with_columns(
-            pl.col("op").cast(pl.UInt32),
-            pl.col("vcpu").cast(pl.UInt32),
-            caller=_caller(ARGS[:3]),
-            kind=pl.lit("vmmcall"),
-            order=pl.lit(0, pl.Int32),
-        )
-        ends = good.select(
-            "line", "offset", "vcpu", "op", "time_ns", "caller",
-            kind=pl.lit("return"), result=pl.col("ret").reinterpret(signed=True), order=pl.lit(1, pl.Int32),
-        )  # fmt: skip
-        return pl.concat([good.drop("text", "ret"), ends], how="diagonal"), left
-
-    def _kernel(self, some: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """Read KVM's lines; return their rows, and the lines that look like a call and cannot be understood."""
-        names = ["op", *ARGS[:4]]
-        out = (
-            times(parse(some))
-            .with_columns(pl.col("fields").str.extract_groups(_KVM).struct.rename_fields(names).struct.unnest())
-            .with_columns(magnitudes(pl.col(n)) for n in names)
-        )
-        whole = ((out["event"] == "kvm_xen_hypercall") & (out["op"] < 1 << 32)).fill_null(value=False)
-        left = out.filter(~whole).select(_TEXT)
-        good = self._vcpus(out.filter(whole)).with_columns(
-            pl.col("op").cast(pl.UInt32),
-            pcpu=pl.col("_cpu"),
-            caller=_caller(ARGS[:4]),
-            kind=pl.lit("vmmcall"),
-            order=pl.lit(0, pl.Int32),
-        )
-        keep = ("line", "offset", "order", "kind", "pcpu", "vcpu", "tsc", "time_ns", "caller", *names)
-        return good.select(keep), left.filter(pl.col("text").str.contains(_LOOKS))
+            other = ~split.understood
+            other[np.searchsorted(lines["line"].to_numpy(), split.bad["line"].to_numpy())] = False
+            noise = lines[np.flatnonzero(other)]
+        return Found(rows.drop("order"), split.bad, int(np.count_nonzero(split.understood)), noise)
 
     def _vcpus(self, rows: pl.DataFrame) -> pl.DataFrame:
         """Take the vCPU from the task's name, unless another thread had that name before."""
-        task = pl.col("head").str.extract_groups(_TASK)
-        out = rows.rename({"vcpu": "_cpu"}).with_columns(
-            vcpu=task.struct[0].cast(pl.UInt32), _tid=task.struct[1].cast(pl.UInt64, strict=False)
-        )
-        firsts = out.drop_nulls(["vcpu", "_tid"]).unique("vcpu", keep="first", maintain_order=True)
+        firsts = rows.drop_nulls(["vcpu", "_tid"]).unique("vcpu", keep="first", maintain_order=True)
         for vcpu, tid in firsts.select("vcpu", "_tid").iter_rows():
             if len(self._threads) < _THREADS:
                 self._threads.setdefault(vcpu, tid)
         owner = pl.col("vcpu").replace_strict(self._threads, default=None, return_dtype=pl.UInt64)
-        return out.with_columns(vcpu=pl.when(owner == pl.col("_tid")).then("vcpu"))
+        return rows.with_columns(vcpu=pl.when(owner == pl.col("_tid")).then("vcpu")).drop("_tid")
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Lines of one block, each by itself.
+
+    Attributes:
+        called: QEMU's calls and their ends, ``order`` 0 and 1. kernel: KVM's calls, with ``_tid``, the thread. lost: what
+            the tracer dropped.
+        understood: Boolean[n], which lines are records. bad: lines that look like a call and cannot be understood.
+    """
+
+    called: pl.DataFrame
+    kernel: pl.DataFrame
+    lost: pl.DataFrame
+    understood: NDArray[np.bool_]
+    bad: pl.DataFrame
+
+
+def split_lines(lines: pl.DataFrame) -> Split:
+    """Split ``text`` (with ``line`` and ``offset``) into what it says."""
+    called, left = _qemu(lines.filter(pl.col("text").str.contains(_ANY, literal=True)).select(_TEXT))
+    kernel, bad = _kernel(left)
+    lost = losses(lines).with_columns(kind=_kind("lost"), order=pl.lit(0, pl.Int32))
+    # Every event line is a record, whatever the event.
+    understood, number = lines["text"].str.contains(EVENT_LINE).to_numpy(writable=True), lines["line"].to_numpy()
+    for part in (called, kernel, lost):
+        understood[np.searchsorted(number, part["line"].to_numpy())] = True
+    rest = np.flatnonzero(~understood)
+    understood[rest] = lines["text"].gather(rest).str.contains(_QEMU_LINE).to_numpy()
+    understood[np.searchsorted(number, bad["line"].to_numpy())] = False
+    return Split(called, kernel, lost, understood, bad)
+
+
+def _split_block(raw: RawBlock) -> tuple[LineBlock, Split]:
+    block = block_of(raw)
+    lines = lines_of(block)
+    return block, split_lines(lines[:-1] if block.cut else lines)
+
+
+def _kind(name: str) -> pl.Expr:
+    return pl.lit(name).cast(EVENTS["kind"])
+
+
+def _qemu(some: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Read QEMU's lines, two rows each; return the other lines as well."""
+    parts, left = [], some
+    text = pl.col("text")
+    # Most begin at the first of these words; from there the pattern is matched in one pass.
+    begun = text.str.slice(text.str.find(_LOG_BEGINS, literal=True))
+    for where, pattern in ((begun, f"^{_LOG}"), (text, _LOG), (text, _SIMPLE)):
+        groups = left.select(where.str.extract_groups(pattern)).to_series()
+        out = left.with_columns(groups.struct.rename_fields(_QEMU).struct.unnest().get_columns())
+        hit = out["vcpu"].is_not_null()
+        parts.append(out.filter(hit))
+        left = left.filter(~hit)
+    out = pl.concat(parts).with_columns(magnitudes(pl.col(n)) for n in _QEMU)
+    whole = (out["op"] < 1 << 32).fill_null(value=False)
+    left = pl.concat([left, out.filter(~whole).select(_TEXT)])
+    good = _wall(out.filter(whole)).with_columns(
+        pl.col("op").cast(pl.UInt32),
+        pl.col("vcpu").cast(pl.UInt32),
+        caller=_caller(ARGS[:3]),
+        kind=_kind("vmmcall"),
+        order=pl.lit(0, pl.Int32),
+    )
+    ends = good.select(
+        "line", "offset", "vcpu", "op", "time_ns", "caller",
+        kind=_kind("return"), result=pl.col("ret").reinterpret(signed=True), order=pl.lit(1, pl.Int32),
+    )  # fmt: skip
+    return pl.concat([good.drop("text", "ret"), ends], how="diagonal"), left
+
+
+def _kernel(some: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Read KVM's lines; return their rows, and the lines that look like a call and cannot be understood."""
+    names = ["op", *ARGS[:4]]
+    out = (
+        times(parse(some))
+        .with_columns(pl.col("fields").str.extract_groups(_KVM).struct.rename_fields(names).struct.unnest())
+        .with_columns(magnitudes(pl.col(n)) for n in names)
+    )
+    whole = ((out["event"] == "kvm_xen_hypercall") & (out["op"] < 1 << 32)).fill_null(value=False)
+    left = out.filter(~whole).select(_TEXT)
+    task = pl.col("head").str.extract_groups(_TASK)
+    good = out.filter(whole).with_columns(
+        pl.col("op").cast(pl.UInt32),
+        pcpu=pl.col("vcpu"),
+        vcpu=task.struct[0].cast(pl.UInt32),
+        _tid=task.struct[1].cast(pl.UInt64, strict=False),
+        caller=_caller(ARGS[:4]),
+        kind=_kind("vmmcall"),
+        order=pl.lit(0, pl.Int32),
+    )
+    keep = ("line", "offset", "order", "kind", "pcpu", "vcpu", "tsc", "time_ns", "caller", "_tid", *names)
+    return good.select(keep), left.filter(pl.col("text").str.contains(_LOOKS))
 
 
 def _wall(rows: pl.DataFrame) -> pl.DataFrame:
     """Read the wall clock before QEMU's lines into ``time_ns``."""
-    seconds, micros = (pl.col("text").str.extract(_STAMP, i).cast(pl.Int64, strict=False) for i in (1, 2))
-    out = rows.with_columns(time_ns=seconds * 10**9 + micros * 1000)
-    if out["time_ns"].null_count():
-        iso = pl.col("text").str.extract(_ISO).str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="ns", strict=False)
-        out = out.with_columns(time_ns=pl.coalesce("time_ns", iso.dt.epoch("ns")))
-    return out
+    # Where characters are wider than bytes this is not the head, and matches nothing.
+    head = rows.select(pl.col("text").str.head(pl.col("text").str.find(_NAME, literal=True))).to_series()
+    time = _micros(head.str.extract_groups(_STAMP_HEAD))
+    left = time.is_null() & rows["text"].str.contains("@", literal=True)
+    if left.any():
+        time = time.scatter(left.arg_true(), _micros(rows["text"].filter(left).str.extract_groups(_STAMP)))
+    if time.null_count():
+        iso = head.str.extract(_ISO_HEAD).str.to_datetime("%Y-%m-%dT%H:%M:%S%.f", time_unit="ns", strict=False)
+        time = time.zip_with(time.is_not_null(), iso.dt.epoch("ns"))
+    return rows.with_columns(time.alias("time_ns"))
+
+
+def _micros(groups: pl.Series) -> pl.Series:
+    """Return seconds and microseconds in ns."""
+    seconds, micros = (groups.struct.field(name).cast(pl.Int64, strict=False) for name in ("1", "2"))
+    return seconds * 10**9 + micros * 1000
 
 
 def _caller(arguments: tuple[str, ...]) -> pl.Expr:
-    return pl.when(pl.any_horizontal(pl.col(a) >= 1 << 32 for a in arguments)).then(pl.lit("hvm64"))
+    return pl.when(pl.any_horizontal(pl.col(a) >= 1 << 32 for a in arguments)).then(pl.lit("hvm64").cast(EVENTS["caller"]))
 
 
 class KvmEventsReader:

@@ -25,6 +25,8 @@ from typing import Final
 
 import polars as pl
 
+from xtrace.ingest.lines import by_value
+
 __all__ = ("EVENT_LINE", "LOST", "RARE_LINE", "WRITTEN", "losses", "parse", "times")
 
 #: An event line of most of these tools, told apart from other text as cheaply as can be, and of the rarer forms.
@@ -82,7 +84,7 @@ def parse(lines: pl.DataFrame) -> pl.DataFrame:
         .with_columns(
             relative=pl.lit(value=False),
             thread=pl.lit(None, pl.UInt64),
-            event=pl.col("_event").str.extract(_EVENT),
+            event=pl.col("_event").map_batches(_named, pl.String),
             fields=pl.col("_fields").str.strip_chars_start(" "),
         )
     )
@@ -92,6 +94,11 @@ def parse(lines: pl.DataFrame) -> pl.DataFrame:
     return out.drop("_row", "_event", "_fields").with_columns(
         pl.col("vcpu").cast(pl.UInt32, strict=False), pl.col("stamp").cast(pl.UInt64, strict=False)
     )
+
+
+def _named(texts: pl.Series) -> pl.Series:
+    """Return the name of the event that each text ends with."""
+    return by_value(texts, lambda few: few.str.extract(_EVENT).to_frame()).to_series()
 
 
 def _others(rows: pl.DataFrame) -> pl.DataFrame:

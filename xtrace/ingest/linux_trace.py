@@ -30,7 +30,7 @@ import polars as pl
 
 from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Shows
-from xtrace.ingest.lines import LineBlock, line_blocks, magnitudes
+from xtrace.ingest.lines import LineBlock, RawBlock, block_of, line_blocks, magnitudes, raw_blocks
 from xtrace.ingest.linux_lines import EVENT_LINE, RARE_LINE, losses, parse, times
 from xtrace.ingest.linux_registers import LOOKS, samples
 from xtrace.ingest.linux_xen_events import EVENTS, KINDS, Batches, decode
@@ -99,15 +99,17 @@ def split_lines(lines: pl.DataFrame) -> Split:
     # What only looks like one of ours, and cannot be split.
     broken = pl.col("text").str.contains(_XEN) | pl.col("text").str.contains(LOOKS)
     lone = parsed.filter(parsed["event"].is_null()).filter(broken)
-    unread = queued.filter(pl.col("kind").is_null())
+    unread = queued.clear() if not queued["kind"].null_count() else queued.filter(pl.col("kind").is_null())
     wrong = pl.concat(part.select(_TEXT) for part in (lone, unread, taken.filter(~pl.col("good"))))
-    queued = queued.filter(pl.col("kind").is_not_null()).drop("event", "fields", "head", "text")
+    queued = queued.drop("event", "fields", "head", "text")
+    queued = queued if not len(unread) else queued.filter(pl.col("kind").is_not_null())
     return Split(event, rest, rest.filter(rest["text"].str.contains(RARE_LINE)), queued, taken.filter("good"), wrong)
 
 
-def _split_block(block: LineBlock) -> Split:
+def _split_block(raw: RawBlock) -> tuple[LineBlock, Split]:
+    block = block_of(raw)
     lines = lines_of(block)
-    return split_lines(lines[:-1] if block.cut else lines)
+    return block, split_lines(lines[:-1] if block.cut else lines)
 
 
 @dataclass
@@ -129,7 +131,10 @@ class LinuxTraceRecording(TextRecording):
     def blocks(self) -> Iterator[LineBlock]:
         """Yield blocks of lines; the next ones are split into fields meanwhile, unless the input still grows."""
         size = min(_BLOCK, max(64, self.options.batch_rows * 128))
-        for block, split in ahead(line_blocks(self.source.file, size), _split_block, live=is_live(self.source)):
+        if is_live(self.source):
+            yield from line_blocks(self.source.file, size)
+            return
+        for _, (block, split) in ahead(raw_blocks(self.source.file, size), _split_block):
             self._split = split
             yield block
 
@@ -141,14 +146,16 @@ class LinuxTraceRecording(TextRecording):
         rows = self._issued(queued, taken, lost)
         # Every event line is a record, whatever the event, and so is the tracer's word of losses.
         understood, number = split.event.to_numpy(writable=True), lines["line"].to_numpy()
-        for part, value in ((split.rare, True), (queued, True), (taken, True), (lost, True), (split.wrong, False)):
-            understood[np.searchsorted(number, part["line"].to_numpy())] = value
-        noise = None
+        for part in (split.rare, queued, taken, lost):
+            understood[np.searchsorted(number, part["line"].to_numpy())] = True
+        wrong = np.searchsorted(number, split.wrong["line"].to_numpy())
+        understood[wrong] = False
+        records, noise = int(np.count_nonzero(understood)), None
         if len(self.ledger.unparsed) < self.ledger.SHOWN:
-            wrong = split.wrong["line"].implode()
-            other = lines.filter(~pl.Series(understood) & ~lines["line"].is_in(wrong))
+            understood[wrong] = True
+            other = lines[np.flatnonzero(~understood)]
             noise = other.filter(~other["text"].str.contains("^#|^CPU:|^cpus=[0-9]+$"))
-        return Found(rows, split.wrong, int(understood.sum()), noise)
+        return Found(rows, split.wrong, records, noise)
 
     def finish(self) -> pl.DataFrame | None:
         """Say what was issued before entries were traced."""

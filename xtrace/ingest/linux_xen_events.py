@@ -22,14 +22,18 @@ A PV kernel queues calls for each CPU and issues them together (arch/x86/xen/mul
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import polars as pl
 
+from xtrace.ingest.lines import by_value
 from xtrace.schema import ARGS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
 __all__ = ("EVENTS", "KINDS", "Batches", "decode")
@@ -95,10 +99,16 @@ def decode(parsed: pl.DataFrame) -> pl.DataFrame:
     for event, read in zip(EVENTS, (_entries, _flushes, _extensions, _places), strict=True):
         part = parsed.filter(pl.col("event") == event)
         if len(part):
-            out.append(read(part))
+            # An entry's words differ from call to call; the other events say few different things.
+            said = _ordered(part["fields"], read) if read is _entries else by_value(part["fields"], partial(_ordered, read=read))
+            out.append(part.with_columns(said.get_columns()))
     if not out:
         return _blank(parsed.clear())
     return pl.concat(out, how="diagonal").pipe(_blank)
+
+
+def _ordered(fields: pl.Series, read: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
+    return read(fields.to_frame().with_row_index("_row")).sort("_row").drop("_row", "fields")
 
 
 def _blank(rows: pl.DataFrame) -> pl.DataFrame:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 import numpy as np
 import polars as pl
 
 from xtrace import schema
+from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Ledger, Observed, ReadOptions
 from xtrace.ingest.clock import Clock, nanoseconds
-from xtrace.ingest.lines import LineBlock, block_bytes, line_blocks
+from xtrace.ingest.lines import LineBlock, block_bytes, block_of, line_blocks, raw_blocks
+from xtrace.ingest.source import is_live
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from xtrace.ingest.source import Source
 
-__all__ = ("Found", "TextRecording", "lines_of")
+__all__ = ("AHEAD_LEAST", "Found", "TextRecording", "lines_of")
+
+#: Blocks of fewer bytes are not worth another thread.
+AHEAD_LEAST: Final = 1 << 16
 
 
 @dataclass(slots=True)
@@ -80,8 +85,11 @@ class TextRecording:
         return None
 
     def blocks(self) -> Iterator[LineBlock]:
-        """Yield the input's blocks of lines, in order."""
-        return line_blocks(self.source.file, block_bytes(self.options))
+        """Yield the input's blocks of lines, in order; the next ones are split meanwhile, unless the input still grows."""
+        size = block_bytes(self.options)
+        if is_live(self.source) or size < AHEAD_LEAST:
+            return line_blocks(self.source.file, size)
+        return (block for _, block in ahead(raw_blocks(self.source.file, size), block_of))
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS``."""

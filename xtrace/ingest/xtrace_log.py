@@ -10,7 +10,7 @@ them nearly in order, and nothing here waits for a record that may still come, s
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import polars as pl
@@ -20,7 +20,7 @@ from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Ledger, Observed, ReadOptions, Shows
 from xtrace.ingest.clock import Clock, nanoseconds
 from xtrace.ingest.event_columns import Columns
-from xtrace.ingest.lines import MAX_LINE, block_bytes, raw_blocks, split
+from xtrace.ingest.lines import MAX_LINE, RawBlock, block_bytes, raw_blocks, split
 from xtrace.ingest.source import is_live
 from xtrace.ingest.xtrace_log_fast import Plain, plain
 from xtrace.ingest.xtrace_log_general import judged, marked, taken_apart
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from xtrace.ingest.source import Source
 
 __all__ = ("READER",)
-
-#: What ``lines.raw_blocks`` gives.
-_Block: TypeAlias = "tuple[bytes, int, int, list[tuple[int, int, int]], bool]"
 
 _SNIFF: Final = re.compile(
     rb"(?m)(?:^|[^A-Za-z0-9_.\-/])xtrace:[ \t]+(?:header|domain|" + "|".join(KINDS).encode() + rb")(?=[ \t\r\n]|\Z)"
@@ -100,7 +97,7 @@ class _Log:
 
     # -- one block ---------------------------------------------------------------------------------------------
 
-    def _events(self, block: _Block, plain: Plain) -> pl.DataFrame | None:
+    def _events(self, block: RawBlock, plain: Plain) -> pl.DataFrame | None:
         raw, base, number, long, cut = block
         notes: list[tuple[int, int, str]] = []  # (line, offset, text), noted in the order of the lines at the end
         fits = plain.size <= MAX_LINE
@@ -343,7 +340,7 @@ class _Log:
         observed.pcpus = len(self._pcpus)
 
 
-def _plain(block: _Block) -> Plain:
+def _plain(block: RawBlock) -> Plain:
     return plain(block[0], MAX_LINE, cut=block[4])
 
 
