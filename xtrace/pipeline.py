@@ -235,6 +235,8 @@ def open_input(path: str | os.PathLike[str], options: Options) -> tuple[Source, 
 def _recording(source: Source, options: Options) -> Recording:
     """Begin to read a source, from its first byte; a source may be read several times."""
     recording = registry.detect(source, options.input_format).open(source, ReadOptions(options.batch_rows, options.tsc_khz))
+    if options.input_format and (other := registry.contradicted(source, options.input_format)):
+        recording.ledger.problem(f"by its content it is {other}, but --input-format says {options.input_format}", offset=0)
     if source.damage:
         recording.ledger.truncated = True
         recording.ledger.problem(source.damage, offset=source.size)
@@ -577,7 +579,7 @@ class _Run:
         item.sources = _possible(item, seen)
         item.source_origin = f"record layout {item.observed.layout or 'of no era of its own'}"
         said = f"nothing says which release wrote {item.path}: judged for each of {release.fold_text(item.sources)}"
-        self.assumptions[f"{said} ({item.source_origin})"] = None
+        self.assumptions[f"{said} ({item.source_origin}); --from names it"] = None
 
     def _chosen(self, item: Input, chosen: release.Selection) -> None:
         item.named = True
@@ -902,6 +904,7 @@ class Replay:
             fill = CallerFill(self.options.callers.get(None), known)
             stitcher = Stitcher(self.account.release)
             for batch in recording.batches():
+                self.input.losses.feed(batch)
                 yield self.account.take(stitcher.feed(fill.fill(batch)))
         for domid, caller in sorted(fill.assumed, key=str):
             who = f"domain {domid}" if domid is not None else "calls of unknown domains"
@@ -913,7 +916,7 @@ class Replay:
         out = 0
         if self.account.divergence is not None or self.account.counts.get("unknown"):
             out |= exposure.EXIT_REVIEW
-        if self.input is not None and self.input.incomplete:
+        if self.account.nameless or (self.input is not None and self.input.incomplete):
             out |= exposure.EXIT_INCOMPLETE
         return out
 
@@ -933,12 +936,13 @@ def identify_trace(path: str | os.PathLike[str], options: Options) -> tuple[Inpu
     callers = _told_callers(options, config.load_sidecar(path))
     source, recording = open_input(path, replace(options, callers=callers))
     seen = identify.Identifier(callers)
+    item = Input(str(path), recording.format, recording.ledger, recording.observed)
     with source:
         for batch in recording.batches():
+            item.losses.feed(batch)
             seen.feed(batch)
             if options.progress is not None and len(batch):
                 options.progress(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
-    item = Input(str(path), recording.format, recording.ledger, recording.observed)
     return item, _concluded(item, seen)
 
 

@@ -111,8 +111,9 @@ EVENTS: Final = pl.Schema(
         "vcpu": pl.UInt32(),
         "caller": _CALLER,
         "kind": _KIND,
-        "op": pl.UInt32(),  # hypercall number; for schedule/suspend/resume/lost: the trace event's own number
-        "arg0": pl.UInt64(),  # lost events: the TSC at which dropping began
+        # hypercall number; for schedule/suspend/resume/lost: the trace event's own number, null where the format has none
+        "op": pl.UInt32(),
+        "arg0": pl.UInt64(),  # lost events: the TSC at which dropping began, null where that is not known
         "arg1": pl.UInt64(),
         "arg2": pl.UInt64(),
         "arg3": pl.UInt64(),
@@ -121,7 +122,8 @@ EVENTS: Final = pl.Schema(
         "cut": pl.UInt8(),  # bit n set: the recorder cut argument n to its low 32 bits
         "rip": pl.UInt64(),
         "on_insn": pl.Boolean(),  # samples: rip is known to stand on the hypercall instruction
-        "result": pl.Int64(),  # return events; lost events: the number of records lost
+        # return events; lost events: the number of records lost, null where that is not known (damage, no count)
+        "result": pl.Int64(),
         "memory": MEMORY,
         "input": pl.UInt32(),  # which of several inputs that make up one recording; null: there is one
     }

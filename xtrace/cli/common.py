@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 __all__ = ("announce", "callers", "choose_format", "fate_text", "hypercalls", "newest_points", "one_release", "wrap")
 
 
-def announce(item: Input, problems: int = 3) -> None:
-    """Say on standard error how an input was read, the first problems in it, and which plug-ins could not be used."""
+def announce(item: Input, problems: int = 3, *, losses: bool = False) -> None:
+    """Say on standard error how an input was read, the first problems in it, and which plug-ins could not be used.
+
+    Args:
+        item: the input, read to its end.
+        problems: so many are shown; the rest is counted.
+        losses: say the whole loss ledger, too: of commands whose report has no place for it.
+    """
     from xtrace.ingest import registry
     from xtrace.report.common import clean
-    from xtrace.report.ledger import read_as
+    from xtrace.report.ledger import lines, read_as
 
     for name, why in registry.skipped().items():
         print(f"xtrace: plug-in reader {clean(name)} skipped: {clean(why)}", file=sys.stderr)
@@ -26,6 +32,12 @@ def announce(item: Input, problems: int = 3) -> None:
     for p in item.ledger.problems[:problems]:
         where = f"line {p.line}" if p.line is not None else f"byte {p.offset}"
         print(f"xtrace: {clean(item.path)}: {where}: {clean(p.text)}", file=sys.stderr)
+    more = len(item.ledger.problems[problems:]) + item.ledger.problems_dropped
+    if more:
+        print(f"xtrace: {clean(item.path)}: {more:,} more problem{'' if more == 1 else 's'}", file=sys.stderr)
+    if losses:
+        for text in (*lines(item), *(() if item.entries else ("there is no hypercall in it",))):
+            print(f"xtrace: {clean(item.path)}: {clean(text)}", file=sys.stderr)
 
 
 def one_release(text: str, what: str) -> str:

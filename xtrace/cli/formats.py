@@ -102,7 +102,7 @@ def _one(reader: Reader, out: TextIO) -> None:
     from xtrace.cli.common import wrap
 
     shows = reader.shows
-    out.write(f"{reader.name}: {reader.title}\n")
+    out.write(wrap(f"{reader.name}: {reader.title}", "", "  ", _WIDTH) + "\n")
     names = {
         "op": "hypercall",
         "sub": "sub-operation",
@@ -118,7 +118,7 @@ def _one(reader: Reader, out: TextIO) -> None:
         if text := getattr(shows, field):
             out.write(wrap(text, f"  {field:<14}", " " * 16) + "\n")
     out.write(f"  follow        {'yes' if getattr(reader, 'streams', False) else 'no: it needs the whole input'}\n")
-    out.write("\nContinuations of a 64-bit PV guest, hypercall by hypercall, of what is recorded at\nbest (from the facts):\n")
+    out.write("\nContinuations of a 64-bit PV guest, hypercall by hypercall, of what is recorded\nat best (from the facts):\n")
     found = _evidence(shows)
     for kind in ("proved", "inferred", "unobservable"):
         words = []

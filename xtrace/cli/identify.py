@@ -35,7 +35,6 @@ def command(
     from xtrace.cli import options as shared
     from xtrace.cli.common import announce
     from xtrace.errors import InputError, UsageError
-    from xtrace.report.common import clean
 
     if format_ not in ("text", "json"):
         raise UsageError(f"--format {format_}: there are text and json")
@@ -50,9 +49,7 @@ def command(
     with shared.opened(output) as out:
         (_text if format_ == "text" else _json)(item, found, fits, out)
     if found.left:
-        announce(item)
-    for why in item.incomplete:
-        print(f"xtrace: {clean(trace)}: {why}", file=sys.stderr)
+        announce(item, losses=True)
     if not found.left:
         raise InputError(trace, found.contradiction(), exit_bits=EXIT_INCOMPLETE)
     return (EXIT_INCOMPLETE if item.incomplete else 0) | (0 if fits else EXIT_REVIEW)
@@ -83,6 +80,9 @@ def _text(item: Input, found: Identification, fits: bool, out: TextIO) -> None:
     if item.observed.release:
         verdict = "which is among them" if fits else "which is not among them"
         put(f"The trace itself names {item.observed.release}, {verdict}.")
+    if item.observed.unsourced:
+        put("CSV, NDJSON and tables made elsewhere do not hold which record layouts their trace had, which tells the most: "
+            "identify the trace itself, or its Parquet or Arrow table; elsewhere name the release with --from.")  # fmt: skip
     if len(found.left) == len(found.known):
         put("Nothing in it tells releases apart.")
         return
@@ -106,6 +106,7 @@ def _json(item: Input, found: Identification, fits: bool, out: TextIO) -> None:
     import json
 
     from xtrace import release
+    from xtrace.report.ledger import ledger
     from xtrace.schema import SCHEMA_VERSION
 
     document = {
@@ -129,6 +130,8 @@ def _json(item: Input, found: Identification, fits: bool, out: TextIO) -> None:
             }
             for gone, e in found.ruled_out()
         ],
+        "losses": ledger(item),
+        "unsourced": item.observed.unsourced,
     }
     json.dump(document, out, indent=2, ensure_ascii=False)
     out.write("\n")

@@ -37,11 +37,12 @@ def command(
 
     source, recording = open_input(trace, Options(tsc_khz=tsc_khz, input_format=input_format))
     account = lambda: {carried.KEY: carried.pack(recording)}  # noqa: E731
+    item = Input(trace, recording.format, recording.ledger, recording.observed)
     with source, progress("reading") as tick, writer(output, closing=account) as put:
         for batch in recording.batches():
             put(batch)
+            item.losses.feed(batch)
             if tick is not None and len(batch):
                 tick(int(batch.get_column("offset").max() or 0), source.size)  # type: ignore[arg-type]
-    item = Input(trace, recording.format, recording.ledger, recording.observed)
-    announce(item, problems=20)
+    announce(item, problems=20, losses=True)
     return EXIT_INCOMPLETE if item.incomplete else 0

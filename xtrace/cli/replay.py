@@ -52,7 +52,7 @@ def command(
             (account.write_text if format_ == "text" else account.write_jsonl)(batch, out)
         out.flush()
     if run.input is not None:
-        announce(run.input)
+        announce(run.input, losses=True)
     for line in account.closing(run):
         print(f"xtrace: {clean(line)}", file=sys.stderr)
     return run.bits

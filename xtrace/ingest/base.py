@@ -89,6 +89,7 @@ class Observed:
     pcpus: int = 0
     first_tsc: int | None = None
     last_tsc: int | None = None
+    unsourced: bool = False  # a table of events without its trace's account: which record layouts that had is not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class Fit:
     def __init__(self, path: str, options: ReadOptions, ledger: Ledger, observed: Observed, *, carried: bool, unit: str) -> None:
         self._path, self._options, self._ledger, self._observed = path, options, ledger, observed
         self._carried, self._unit = carried, unit
+        observed.unsourced |= not carried
         self._clock = Clock()
         self._number: bool | None = None  # seq is counted here; None: no row was seen yet
         self._cut: bool | None = None  # segments are made here
@@ -157,6 +158,8 @@ class Fit:
         if self._carried:
             return
         ledger.records += len(frame)
+        nameless = pl.col("kind").is_in((*_ENTRIES, "sample")) & pl.col("op").is_null()
+        ledger.nameless += int(frame.select(nameless.sum()).item())
         ledger.lost_events += kinds.get("lost", 0)
         lost = frame.filter(pl.col("kind") == "lost")["result"].cast(pl.Int128)
         ledger.lost_records += int(lost.clip(lower_bound=0).sum() or 0)

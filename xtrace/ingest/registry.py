@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xtrace.ingest.base import Reader
     from xtrace.ingest.source import Source
 
-__all__ = ("BUILTIN", "GROUP", "detect", "names", "reader", "skipped")
+__all__ = ("BUILTIN", "GROUP", "contradicted", "detect", "names", "reader", "skipped")
 
 #: Group of the entry points.
 GROUP: Final = "xtrace.readers"
@@ -107,6 +107,29 @@ def detect(source: Source, name: str | None = None) -> Reader:
     if name is not None:
         return reader(name)
     head = source.head()
+    best = _surest(head)
+    if best is None:
+        from xtrace.ingest import refused
+
+        why = refused.why(head)
+        if why is not None:
+            raise InputError(source.path, why, offset=0, exit_bits=16)
+        shown = head[:_SHOWN].hex(" ") + (" …" if len(head) > _SHOWN else "")
+        raise InputError(source.path, f"is not a trace that xtrace knows (it begins {shown})", offset=0, exit_bits=16)
+    return best
+
+
+def contradicted(source: Source, name: str) -> str | None:
+    """Return the format that a source is in by its content, where the reader called ``name`` sees nothing of its own in it."""
+    head = source.head()
+    if reader(name).sniff(head) > 0:
+        return None
+    best = _surest(head)
+    return None if best is None else best.name
+
+
+def _surest(head: bytes) -> Reader | None:
+    """Return the reader that is surest of the first bytes of an input."""
     best: Reader | None = None
     sureness = 0
     for each in names():
@@ -119,12 +142,4 @@ def detect(source: Source, name: str | None = None) -> Reader:
         score = candidate.sniff(head)
         if score > sureness:
             best, sureness = candidate, score
-    if best is None:
-        from xtrace.ingest import refused
-
-        why = refused.why(head)
-        if why is not None:
-            raise InputError(source.path, why, offset=0, exit_bits=16)
-        shown = head[:_SHOWN].hex(" ") + (" …" if len(head) > _SHOWN else "")
-        raise InputError(source.path, f"is not a trace that xtrace knows (it begins {shown})", offset=0, exit_bits=16)
     return best

@@ -63,18 +63,24 @@ class Account:
 
     Attributes:
         divergence: the first record that no behaviour of the release explains.
-        unknown: entries of hypercalls without facts. counts: entries by status.
+        counts: entries by status.
+        nameless: entries left out since their hypercall's number is not recorded.
+        elsewhere: register samples left out since the vCPU is known to stand on no hypercall instruction.
     """
 
     release: str
     divergence: Divergence | None = None
     counts: dict[str, int] = field(default_factory=dict)
+    nameless: int = 0
+    elsewhere: int = 0
 
     def take(self, stitched: Stitched) -> pl.DataFrame:
         """Return rows of ``ACCOUNT`` for one batch."""
         # The registers of a vCPU that stands elsewhere are no call.
         elsewhere = (pl.col("kind") == "sample") & ~pl.col("on_insn").fill_null(value=True)
+        self.elsewhere += int(stitched.entries.select(elsewhere.sum()).item())
         rows = stitched.entries.filter((pl.col("kind") != "return") & ~elsewhere).with_row_index("_row")
+        self.nameless += rows.get_column("op").null_count()
         evidence = stitched.continuations.select("seq", pl.col("evidence").cast(pl.String).alias("continuation"))
         issued = stitched.continuations.select("seq", "^issued_.*$")
         returned = (

@@ -39,6 +39,7 @@ def ledger(item: Input) -> dict[str, Any]:
         ],
         "without_arguments": {facts.hypercall_names().get(op, str(op)): n for op, n in sorted(lost.without_arguments.items())},
         "unknown_vcpus": lost.unknown_vcpus,
+        "nameless": led.nameless,
         "truncated": led.truncated,
     }
 
@@ -73,6 +74,10 @@ def lines(item: Input) -> list[str]:
         out.append(f"{sum(lost.without_arguments.values()):,} calls without any argument recorded: {names}{more}")
     if lost.unknown_vcpus:
         out.append(f"{lost.unknown_vcpus:,} calls of an unknown domain or vCPU")
+    if led.nameless:
+        out.append(f"{led.nameless:,} entries whose hypercall's number is not in it")
+    if led.truncated:
+        out.append("it ends inside a record")
     return out
 
 
