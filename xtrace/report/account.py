@@ -66,7 +66,8 @@ def closing(run: Replay) -> Iterator[str]:
     parts = ", ".join(f"{n:,} {name}" for name, n in sorted(run.account.counts.items()))
     yield f"{run.path}: {total:,} entries at {run.account.release}: {parts or 'none'}"
     if run.account.nameless:
-        yield f"{run.path}: left out: {run.account.nameless:,} {'entry' if run.account.nameless == 1 else 'entries'} whose hypercall's number is not recorded"
+        what = "entry" if run.account.nameless == 1 else "entries"
+        yield f"{run.path}: left out: {run.account.nameless:,} {what} whose hypercall's number is not recorded"
     if run.account.elsewhere:
         yield f"{run.path}: left out: {run.account.elsewhere:,} register samples of vCPUs that stand on no hypercall instruction"
     for line in run.assumptions:
