@@ -65,3 +65,11 @@ def test_a_forced_format_against_the_content_is_said(tmp_path: Path, capsys: pyt
     status = run(["analyze", str(path), "--input-format", "console", "--from", "3.4.0"])
     assert status & 16
     assert "by its content it is xentrace, but --input-format says console" in capsys.readouterr().err
+
+
+def test_nothing_is_called_safe_where_there_is_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    status = run(["analyze", str(ROOT / "samples" / "console" / "key-d-4.18.qp.txt"), "--from", "4.18"])
+    out = capsys.readouterr().out
+    assert status == 16
+    assert out.startswith("Nothing to judge")
+    assert "safe" not in out

@@ -48,7 +48,8 @@ def write_text(result: Result, out: TextIO, *, verbose: bool = False, width: int
     for line in result.notes:
         console.print("note: " + _safe(line))
     console.print()
-    _targets(result, console)
+    if any(i.entries for i in result.inputs):  # else "safe" in each row would be said of nothing
+        _targets(result, console)
     _path(result, console)
     _findings(result, console, verbose)
     _surface(result, console)
