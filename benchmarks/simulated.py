@@ -17,6 +17,7 @@ on with that call) how many join entries of one call; and how many calls come ou
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -31,10 +32,13 @@ from xtrace.machine import write_log, write_xentrace
 from xtrace.machine.recording import Record, Recording
 from xtrace.machine.simulate import simulate
 from xtrace.pipeline import Options, open_input
-from xtrace.replay import facts
 from xtrace.replay.callers import CallerFill
 from xtrace.replay.links import PAGING_DOMCTL_CONT
 from xtrace.replay.stitch import Stitcher
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "machine"))
+
+from everything import domains
 
 if TYPE_CHECKING:
     from xtrace.machine.truth import Call, Simulation
@@ -47,23 +51,8 @@ CONDITIONS: Final = (("undisturbed", 0.0, 0.0), ("sleeping tasks", 0.25, 0.0), (
 
 def everything(source: str, callers: tuple[str, ...], calls: int, park: float, lost: float) -> workloads.Workload:
     """Return a workload of every operation that may leave a continuation at a release, for some callers."""
-    domains = []
-    for domid, caller in enumerate(callers):
-        kinds = []
-        for number in facts.files():
-            if number == PAGING_DOMCTL_CONT:
-                continue  # issued by Xen alone
-            call = facts.lookup(source, caller, number)
-            operations = [b for b in call.by_number.values() if b.codec not in ("none", "unknown") and not b.never_left]
-            if number != workloads.MULTICALL and operations:
-                kinds.append(workloads.Kind(number, None, 1.0, (2, 100)))
-        if facts.lookup(source, caller, workloads.MULTICALL).status == "modelled":
-            kinds.append(workloads.Kind(workloads.MULTICALL, None, 4.0, (2, 6), entries=tuple(kinds)))
-        role = "control" if domid % 2 else "guest"
-        domains.append(workloads.Domain(domid, caller, role, None, 2, True, tuple(kinds)))
-    return workloads.Workload(
-        "everything", calls, 3, 2_600_000, 0.6, 0.2, park, 0.3, lost, (1, 12), cooperative=False, domains=tuple(domains)
-    )
+    who = domains(source, callers, (2, 100), without={PAGING_DOMCTL_CONT})  # which Xen alone issues
+    return workloads.Workload("everything", calls, 3, 2_600_000, 0.6, 0.2, park, 0.3, lost, (1, 12), cooperative=False, domains=who)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+from everything import domains
 
 from xtrace import pipeline
 from xtrace.analyze import findings
@@ -37,20 +38,8 @@ LOSSY = next(f for f in FILES if f.stem == "balloon-lossy")
 
 def everything(source: str, *callers: str) -> workloads.Workload:
     """Return a workload of every operation that leaves continuations at a release, for some callers."""
-    domains = []
-    for domid, caller in enumerate(callers):
-        kinds = []
-        for number in facts.files():
-            call = facts.lookup(source, caller, number)
-            operations = [b for b in call.by_number.values() if b.codec not in ("none", "unknown") and not b.never_left]
-            if number != workloads.MULTICALL and operations:
-                kinds.append(workloads.Kind(number, None, 1.0, (2, 40)))
-        if facts.lookup(source, caller, workloads.MULTICALL).status == "modelled":
-            kinds.append(workloads.Kind(workloads.MULTICALL, None, 4.0, (2, 6), entries=tuple(kinds)))
-        if kinds:
-            role = "control" if domid % 2 else "guest"
-            domains.append(workloads.Domain(domid, caller, role, None, 2, True, tuple(kinds)))
-    return workloads.Workload("everything", 200, 3, 2_600_000, 0.6, 0.2, 0.3, 0.2, 0.0, (1, 2), False, tuple(domains))
+    who = domains(source, callers, (2, 40))
+    return workloads.Workload("everything", 200, 3, 2_600_000, 0.6, 0.2, 0.3, 0.2, 0.0, (1, 2), False, who)
 
 
 def written(s: Simulation, path: Path) -> dict[str, Any]:

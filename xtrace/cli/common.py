@@ -24,20 +24,16 @@ def announce(item: Input, problems: int = 3, *, losses: bool = False) -> None:
     """
     from xtrace.ingest import registry
     from xtrace.report.common import clean
-    from xtrace.report.ledger import lines, read_as
+    from xtrace.report.ledger import found, lines, read_as
 
     for name, why in registry.skipped().items():
         print(f"xtrace: plug-in reader {clean(name)} skipped: {clean(why)}", file=sys.stderr)
     print(f"xtrace: {clean(read_as(item))}", file=sys.stderr)
-    for p in item.ledger.problems[:problems]:
-        where = f"line {p.line}" if p.line is not None else f"byte {p.offset}"
-        print(f"xtrace: {clean(item.path)}: {where}: {clean(p.text)}", file=sys.stderr)
-    more = len(item.ledger.problems[problems:]) + item.ledger.problems_dropped
-    if more:
-        print(f"xtrace: {clean(item.path)}: {more:,} more problem{'' if more == 1 else 's'}", file=sys.stderr)
+    said = found(item, problems)
     if losses:
-        for text in (*lines(item), *(() if item.entries else ("there is no hypercall in it",))):
-            print(f"xtrace: {clean(item.path)}: {clean(text)}", file=sys.stderr)
+        said += [*lines(item), *(() if item.entries else ("there is no hypercall in it",))]
+    for text in said:
+        print(f"xtrace: {clean(item.path)}: {clean(text)}", file=sys.stderr)
 
 
 def one_release(text: str, what: str) -> str:

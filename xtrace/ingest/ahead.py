@@ -6,14 +6,23 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from xtrace.ingest.lines import raw_blocks
+from xtrace.ingest.source import is_live
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
 
-__all__ = ("ahead",)
+    from xtrace.ingest.lines import RawBlock
+    from xtrace.ingest.source import Source
+
+__all__ = ("ahead", "blocks_ahead")
 
 #: Blocks that are worked on ahead of the one in use; so many are held at most.
 AHEAD: Final = 2
+
+#: Blocks of fewer bytes are not worth another thread.
+_LEAST: Final = 1 << 16
 
 B = TypeVar("B")
 R = TypeVar("R")
@@ -49,3 +58,11 @@ def ahead(blocks: Iterable[B], work: Callable[[B], R], *, live: bool = False) ->
         finally:
             for _, future in under_way:
                 future.cancel()
+
+
+def blocks_ahead(source: Source, size: int, work: Callable[[RawBlock], R]) -> Iterator[tuple[RawBlock, R]]:
+    """Yield the blocks of whole lines of a text (``lines.raw_blocks``) and what ``work`` makes of each, in order.
+
+    The next ones are worked on meanwhile, unless the text still grows or the blocks are small.
+    """
+    return ahead(raw_blocks(source.file, size), work, live=size < _LEAST or is_live(source))

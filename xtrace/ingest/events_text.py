@@ -14,11 +14,10 @@ import polars as pl
 
 from xtrace import schema
 from xtrace.errors import InputError
-from xtrace.ingest.ahead import ahead
+from xtrace.ingest.ahead import blocks_ahead
 from xtrace.ingest.base import Ledger, Observed, ReadOptions
 from xtrace.ingest.events_fit import OFFSET, ROW, Fit
-from xtrace.ingest.lines import MAX_LINE, LineBlock, RawBlock, block_bytes, block_of, raw_blocks
-from xtrace.ingest.text import AHEAD_LEAST
+from xtrace.ingest.lines import MAX_LINE, LineBlock, RawBlock, block_bytes, block_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,11 +56,7 @@ class TextTable:
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS``."""
-        size = block_bytes(self._options)
-        blocks = raw_blocks(self._source.file, size)
-        # Threads are not worth it for a few lines.
-        pairs = ahead(blocks, self._parsed) if size >= AHEAD_LEAST else ((block, self._parsed(block)) for block in blocks)
-        for _, (block, lines, frame) in pairs:
+        for _, (block, lines, frame) in blocks_ahead(self._source, block_bytes(self._options), self._parsed):
             refused: Refused = [
                 (line, at, f"a line of {size} bytes is no row (more than {MAX_LINE}) and was skipped")
                 for at, line, size in block.long

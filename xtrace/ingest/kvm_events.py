@@ -30,12 +30,11 @@ from typing import TYPE_CHECKING, ClassVar, Final
 import numpy as np
 import polars as pl
 
-from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Shows
-from xtrace.ingest.lines import LineBlock, RawBlock, block_bytes, block_of, line_blocks, magnitudes, raw_blocks
+from xtrace.ingest.lines import LineBlock, block_bytes, magnitudes
 from xtrace.ingest.linux_lines import EVENT_LINE, losses, parse, times
 from xtrace.ingest.source import is_live
-from xtrace.ingest.text import Found, TextRecording, lines_of
+from xtrace.ingest.text import Found, TextRecording
 from xtrace.schema import ARGS, EVENTS
 
 if TYPE_CHECKING:
@@ -91,12 +90,9 @@ class KvmEventsRecording(TextRecording):
         self._split: Split | None = None
 
     def blocks(self) -> Iterator[LineBlock]:
-        """Yield blocks of lines, large ones: what a block costs beside its lines weighs less. The next are split meanwhile."""
+        """Yield blocks of lines, large ones: what a block costs beside its lines weighs less."""
         size = block_bytes(self.options)
-        if is_live(self.source) or size < 1 << 22:
-            yield from line_blocks(self.source.file, size)
-            return
-        for _, (block, split) in ahead(raw_blocks(self.source.file, 4 * size), _split_block):
+        for block, split in self.blocks_split(size if size < 1 << 22 or is_live(self.source) else 4 * size, split_lines):
             self._split = split
             yield block
 
@@ -152,12 +148,6 @@ def split_lines(lines: pl.DataFrame) -> Split:
     understood[rest] = lines["text"].gather(rest).str.contains(_QEMU_LINE).to_numpy()
     understood[np.searchsorted(number, bad["line"].to_numpy())] = False
     return Split(called, kernel, lost, understood, bad)
-
-
-def _split_block(raw: RawBlock) -> tuple[LineBlock, Split]:
-    block = block_of(raw)
-    lines = lines_of(block)
-    return block, split_lines(lines[:-1] if block.cut else lines)
 
 
 def _kind(name: str) -> pl.Expr:

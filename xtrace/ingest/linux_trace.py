@@ -28,14 +28,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 import numpy as np
 import polars as pl
 
-from xtrace.ingest.ahead import ahead
 from xtrace.ingest.base import Shows
-from xtrace.ingest.lines import LineBlock, RawBlock, block_of, line_blocks, magnitudes, raw_blocks
+from xtrace.ingest.lines import LineBlock, magnitudes
 from xtrace.ingest.linux_lines import EVENT_LINE, RARE_LINE, losses, parse, times
 from xtrace.ingest.linux_registers import LOOKS, samples
 from xtrace.ingest.linux_xen_events import EVENTS, KINDS, Batches, decode
-from xtrace.ingest.source import is_live
-from xtrace.ingest.text import Found, TextRecording, lines_of
+from xtrace.ingest.text import Found, TextRecording
 from xtrace.schema import ARGS
 
 if TYPE_CHECKING:
@@ -106,12 +104,6 @@ def split_lines(lines: pl.DataFrame) -> Split:
     return Split(event, rest, rest.filter(rest["text"].str.contains(RARE_LINE)), queued, taken.filter("good"), wrong)
 
 
-def _split_block(raw: RawBlock) -> tuple[LineBlock, Split]:
-    block = block_of(raw)
-    lines = lines_of(block)
-    return block, split_lines(lines[:-1] if block.cut else lines)
-
-
 @dataclass
 class LinuxTraceRecording(TextRecording):
     """An opened trace; see ``xtrace.ingest.base.Recording``."""
@@ -129,12 +121,9 @@ class LinuxTraceRecording(TextRecording):
         self._split: Split | None = None
 
     def blocks(self) -> Iterator[LineBlock]:
-        """Yield blocks of lines; the next ones are split into fields meanwhile, unless the input still grows."""
+        """Yield blocks of lines; the next ones are split into fields meanwhile."""
         size = min(_BLOCK, max(64, self.options.batch_rows * 128))
-        if is_live(self.source):
-            yield from line_blocks(self.source.file, size)
-            return
-        for _, (block, split) in ahead(raw_blocks(self.source.file, size), _split_block):
+        for block, split in self.blocks_split(size, split_lines):
             self._split = split
             yield block
 

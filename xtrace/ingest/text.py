@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 import polars as pl
 
 from xtrace import schema
-from xtrace.ingest.ahead import ahead
+from xtrace.ingest.ahead import blocks_ahead
 from xtrace.ingest.base import Ledger, Observed, ReadOptions
 from xtrace.ingest.clock import Clock, nanoseconds
-from xtrace.ingest.lines import LineBlock, block_bytes, block_of, line_blocks, raw_blocks
-from xtrace.ingest.source import is_live
+from xtrace.ingest.lines import LineBlock, block_bytes, block_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
+    from xtrace.ingest.lines import RawBlock
     from xtrace.ingest.source import Source
 
-__all__ = ("AHEAD_LEAST", "Found", "TextRecording", "lines_of")
+__all__ = ("Found", "TextRecording", "lines_of")
 
-#: Blocks of fewer bytes are not worth another thread.
-AHEAD_LEAST: Final = 1 << 16
+S = TypeVar("S")
 
 
 @dataclass(slots=True)
@@ -85,11 +84,23 @@ class TextRecording:
         return None
 
     def blocks(self) -> Iterator[LineBlock]:
-        """Yield the input's blocks of lines, in order; the next ones are split meanwhile, unless the input still grows."""
-        size = block_bytes(self.options)
-        if is_live(self.source) or size < AHEAD_LEAST:
-            return line_blocks(self.source.file, size)
-        return (block for _, block in ahead(raw_blocks(self.source.file, size), block_of))
+        """Yield the input's blocks of lines, in order."""
+        return (block for _, block in blocks_ahead(self.source, block_bytes(self.options), block_of))
+
+    def blocks_split(self, size: int, split: Callable[[pl.DataFrame], S]) -> Iterator[tuple[LineBlock, S]]:
+        """Yield the input's blocks of lines, each with what ``split`` makes of them; a last line that is cut off is left out.
+
+        Args:
+            size: bytes to read at once.
+            split: called with :func:`lines_of` a block, in other threads, so it must change nothing.
+        """
+
+        def work(raw: RawBlock) -> tuple[LineBlock, S]:
+            block = block_of(raw)
+            lines = lines_of(block)
+            return block, split(lines[:-1] if block.cut else lines)
+
+        return (done for _, done in blocks_ahead(self.source, size, work))
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS``."""

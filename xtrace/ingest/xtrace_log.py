@@ -16,12 +16,11 @@ import numpy as np
 import polars as pl
 
 from xtrace import schema
-from xtrace.ingest.ahead import ahead
+from xtrace.ingest.ahead import blocks_ahead
 from xtrace.ingest.base import Ledger, Observed, ReadOptions, Shows
 from xtrace.ingest.clock import Clock, nanoseconds
 from xtrace.ingest.event_columns import Columns
-from xtrace.ingest.lines import MAX_LINE, RawBlock, block_bytes, raw_blocks, split
-from xtrace.ingest.source import is_live
+from xtrace.ingest.lines import MAX_LINE, RawBlock, block_bytes, split
 from xtrace.ingest.xtrace_log_fast import Plain, plain
 from xtrace.ingest.xtrace_log_general import judged, marked, taken_apart
 from xtrace.ingest.xtrace_log_grammar import CUT_IDS, KEY_ID, KINDS, LIMITS, Records, memory, merged
@@ -60,8 +59,6 @@ _COLUMNS: Final = {
 }
 _WHOLE: Final = tuple(KEY_ID[f"a{n}"] for n in range(6))
 
-#: Blocks of fewer bytes are read without threads.
-_THREADED: Final = 1 << 16
 _MAX_NOTED_KEYS: Final = 256
 
 
@@ -84,10 +81,7 @@ class _Log:
 
     def batches(self) -> Iterator[pl.DataFrame]:
         """Yield frames of ``schema.EVENTS`` in the order of the file."""
-        size = block_bytes(self._options)
-        # Threads are not worth it for a few lines.
-        at_once = size < _THREADED or is_live(self._source)
-        for block, lines in ahead(raw_blocks(self._source.file, size), _plain, live=at_once):
+        for block, lines in blocks_ahead(self._source, block_bytes(self._options), _plain):
             frame = self._events(block, lines)
             if frame is not None:
                 yield from frame.iter_slices(self._options.batch_rows)

@@ -168,7 +168,7 @@ class Stitcher:
         n = len(table)
         redirected = entry & (op == PAGING_DOMCTL_CONT)
         some = np.flatnonzero(redirected | (entry & ((marks.kind > 0) | links.continuing(self.source, table, entry))))
-        slot = np.where(op == PAGING_DOMCTL_CONT, DOMCTL, np.minimum(op, 64)).astype(np.uint32)
+        slot = _slot(op)
         before, ranked = links.previous(some, key, slot)
         p = np.maximum(before, 0)
         neighbour = np.full(n, -1, np.intp)
@@ -274,7 +274,7 @@ class Stitcher:
     ) -> Rows:
         """Choose the last rows of every vCPU that a later row may be compared with."""
         keep = np.zeros(n, bool)
-        slot = np.where(op == PAGING_DOMCTL_CONT, DOMCTL, np.minimum(op, 64)).astype(np.uint32)
+        slot = _slot(op)
         real = entry & ~links.is_iret(op)
         # The last is a sample, or stands behind one and hides it.
         for mask in (real, entry | ret, ret, sub, ~(sub | (entry & ~real))):
@@ -322,13 +322,19 @@ def _last(*group: npt.NDArray[np.uint32]) -> Rows:
     return last
 
 
+def _slot(op: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+    """Return where calls that may go on as one another stand together: their number, and a domctl's for what Xen makes of one."""
+    return np.where(op == PAGING_DOMCTL_CONT, DOMCTL, np.minimum(op, 64)).astype(np.uint32)
+
+
 def _stood(table: pl.DataFrame, key: npt.NDArray[np.uint32], op: npt.NDArray[np.uint32], ends: Mask, entry: Mask) -> Mask:
     """Say which entries repeat the registers of a sample on the hypercall instruction; ``ends``: rows after which it is past."""
-    on = table.get_column("on_insn").fill_null(value=False).to_numpy() & (table.get_column("kind") == "sample").to_numpy()
+    sample = (table.get_column("kind") == "sample").to_numpy()
+    on = table.get_column("on_insn").fill_null(value=False).to_numpy() & sample
     out = np.zeros(len(table), bool)
     if not on.any():
         return out
-    rows = np.flatnonzero(ends | (table.get_column("kind") == "sample").to_numpy())
+    rows = np.flatnonzero(ends | sample)
     before, _ = links.previous(rows, key)
     hit = (before >= 0) & entry[rows] & on[np.maximum(before, 0)] & (op[rows] == op[np.maximum(before, 0)])
     rows, before = rows[hit], before[hit]

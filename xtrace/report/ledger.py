@@ -9,7 +9,7 @@ from xtrace.replay import facts
 if TYPE_CHECKING:
     from xtrace.pipeline import Input
 
-__all__ = ("ledger", "lines", "read_as")
+__all__ = ("found", "ledger", "lines", "read_as")
 
 
 def ledger(item: Input) -> dict[str, Any]:
@@ -101,3 +101,11 @@ def _seconds(item: Input, ticks: int | None) -> float | None:
     if ticks is None or not item.tsc_khz:
         return None
     return ticks / (item.tsc_khz * 1000)
+
+
+def found(item: Input, most: int) -> list[str]:
+    """Return the first problems met in an input, a line each with its place; the others are counted."""
+    led = item.ledger
+    out = [f"{f'line {p.line}' if p.line is not None else f'byte {p.offset}'}: {p.text}" for p in led.problems[:most]]
+    more = len(led.problems[most:]) + led.problems_dropped
+    return [*out, f"{more:,} more problem{'' if more == 1 else 's'}"] if more else out

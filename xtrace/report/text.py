@@ -279,14 +279,8 @@ def _ledger(result: Result, console: Console) -> None:
             continue
         console.print()
         console.print(f"Losses of {_safe(i.path)}:", style="bold")
-        for line in said:
+        for line in (*said, *ledger.found(i, 5)):
             console.print("  " + _safe(line))
-        for p in i.ledger.problems[:5]:
-            where = f"line {p.line}" if p.line is not None else f"byte {p.offset}"
-            console.print("  " + _safe(f"{where}: {p.text}"))
-        more = len(i.ledger.problems) - 5 + i.ledger.problems_dropped
-        if more > 0:
-            console.print(f"  {more:,} more problems")
 
 
 def _trace(result: Result, console: Console) -> None:
