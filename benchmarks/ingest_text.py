@@ -9,16 +9,17 @@ programs on the machine make all of it slower, the CPU seconds least. The loop o
     python benchmarks/ingest_text.py [--case NAME ...] [--lines 2000000] [--cores 0,1] [--rounds 3] [--dir DIR]
 
 The aim is 2 million lines a second on two cores, so at most one CPU second for a million lines, evenly on both. A core takes
-apart 40 to 120 MB a second where every line is a record: what a format needs for a line decides. CPU seconds for a million
-lines, on two cores that other programs kept busy (free ones take less):
+apart 40 to 120 MB a second where every line is a record: what a format needs for a line decides. Million lines a second (and CPU
+seconds for a million lines) on two free cores, 1 to 2 million lines each, in one or two rounds:
 
-* xenalyze (60 bytes a line) 0.8, xentrace_format (67) 1.0, consoles (45 to 55) 0.3 to 0.9, xenctx (46) 0.9.
-* ftrace and trace-cmd report of all ``xen:`` events (115 bytes, a third of the lines taken apart) 1.0: at the limit.
-* KVM's tracepoint (127 bytes, each with seven numbers) 1.7, QEMU's log (128 bytes, two events a line) 1.9, xtrace's own log (115
-  bytes, a dozen words that all become columns) 1.9, tables as CSV (107 bytes, 24 cells checked one by one) 2.2: about 1 million
-  lines a second on two free cores. Two million would be 250 MB a second with every word a column.
-* NDJSON (335 bytes) 3.2, ftrace with all registers (210 bytes, ten patterns a line) 4, a bare guest's console (271 bytes, the
-  guest's memory in hex) 8: well below. Such files are short (a probe's filter leaves thousands of lines), and a table exists as
+* reached: boot logs of a console (45 bytes a line) 4.7 (0.3), xenalyze (60) 2.6 (0.6), xentrace_format (67) 2.0 (0.8).
+* below, though the CPU seconds would do (what is not spread over both cores counts twice): ftrace of all ``xen:`` events (117) 1.7
+  (0.9), mixed consoles (51) 1.7 (0.6), trace-cmd report (115) 1.4 (1.1), xenctx (46) 1.4 (0.8).
+* below: KVM's tracepoint (127, each with seven numbers) 1.2 (1.5), QEMU's log (128, two events a line) 0.9 (1.9), xtrace's own
+  log (115, a dozen words that all become columns) 0.8 (2.0), tables as CSV (107, 24 cells checked one by one) 0.8 (2.1). Two
+  million would be 250 MB a second with every word a column.
+* well below: NDJSON (335) 0.5 (3.3), ftrace with all registers (210, ten patterns a line) 0.5 (3.6), a bare guest's console (271,
+  the guest's memory in hex) 0.1 (9). Such files are short (a probe's filter leaves thousands of lines), and a table exists as
   Parquet or Arrow, where nothing is parsed.
 """
 
